@@ -1,0 +1,1 @@
+"""The ground floor: values, maths and file formats that both towers stand on; imports neither of them."""

@@ -1,0 +1,22 @@
+"""Latents as the VAE gives them: the moments of a diagonal Gaussian, unscaled, from which each epoch draws afresh."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+LOGVAR_MIN, LOGVAR_MAX = -30.0, 20.0  # where diffusers' DiagonalGaussianDistribution clamps
+
+
+@dataclass(frozen=True)
+class LatentMoments:
+    """Mean and log-variance of the posterior q(z|x), each [B, 4, h, w] (or without B), unscaled."""
+
+    mean: Tensor
+    logvar: Tensor
+
+
+def sample_latents(moments: LatentMoments, scaling_factor: float, eps: Tensor) -> Tensor:
+    """x_0 = scaling_factor * (mean + exp(logvar / 2) eps), fp32; `eps` standard normal in the shape of the mean."""
+    deviation = torch.exp(0.5 * moments.logvar.float().clamp(LOGVAR_MIN, LOGVAR_MAX))
+    return scaling_factor * (moments.mean.float() + deviation * eps)

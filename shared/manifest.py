@@ -1,0 +1,329 @@
+"""A sealed view of the store: which samples, in which bucket, under which keys, and the digest of all that.
+
+    STORE/manifests/NAME/<digest>.arrow    Arrow IPC file, one record batch, memory-mapped by its readers
+    STORE/manifests/NAME/<digest>.json     its seal: rows, bytes and xxh3-128 of the .arrow file
+    STORE/manifests/NAME/current.json      a copy of the newest seal; replaced last
+
+Rows are sorted by (dataset, bucket, sample id). The digest covers the schema version, the settings and the rows in that
+order: keys name inputs, so no digest depends on the bytes of a record. The only door to Arrow.
+"""
+
+import hashlib
+import json
+import os
+import re
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import msgpack
+import numpy as np
+import pyarrow as pa
+import xxhash
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from shared.atomic import sync_file, sync_folder, write_atomically
+from shared.errors import ConfigError, ManifestMismatch
+
+MANIFEST_FORMAT = 1
+Split = Literal["train", "eval"]
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+_METADATA_KEY = b"sdxl-experts"
+
+_HW = pa.list_(pa.field("px", pa.int32(), nullable=False), 2)
+_VARIANT = pa.struct(
+    [
+        pa.field("latent_key", pa.binary(16), nullable=False),
+        pa.field("flip", pa.bool_(), nullable=False),
+        pa.field("crop_top", pa.int32(), nullable=False),
+        pa.field("crop_left", pa.int32(), nullable=False),
+        pa.field("target_hw", _HW, nullable=False),
+    ]
+)
+SCHEMA = pa.schema(
+    [
+        pa.field("dataset", pa.dictionary(pa.int32(), pa.string()), nullable=False),
+        pa.field("sample_id", pa.binary(16), nullable=False),
+        pa.field("path", pa.string(), nullable=False),
+        pa.field("image_digest", pa.binary(32), nullable=False),
+        pa.field("original_size_hw", _HW, nullable=False),
+        pa.field("bucket_hw", _HW, nullable=False),
+        pa.field("variants", pa.list_(pa.field("variant", _VARIANT, nullable=False)), nullable=False),
+        pa.field("texts", pa.list_(pa.field("text_key", pa.binary(16), nullable=False)), nullable=False),
+        pa.field("split", pa.dictionary(pa.int8(), pa.string()), nullable=False),
+    ]
+)
+
+
+class ManifestSettings(BaseModel):
+    """What the build declared: all that a trainer must know of the records, and the rules they were made by."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+    vae_digest: str
+    """Digest of the VAE's weights, hex."""
+    scaling_factor: float
+    """The VAE's: x_0 = scaling_factor * z."""
+    latent_channels: int
+    """Channels of a latent."""
+    downscale: int
+    """Pixels per latent, along an edge."""
+    text_digests: dict[str, str]
+    """Digest of each text encoder and tokenizer, by model folder, hex."""
+    text_widths: tuple[int, int]
+    """Columns of prompt_embeds that each text encoder gives."""
+    pooled_width: int
+    """Length of pooled_prompt_embeds."""
+    text_chunks: int
+    """Stretches of 77 tokens that captions are encoded in."""
+    null_text_key: str
+    """Key of the encoded empty prompt, hex."""
+    zeros_for_empty_prompt: bool
+    """Whether the model's pipeline gives zeros in place of an empty prompt (force_zeros_for_empty_prompt)."""
+    datasets: tuple[str, ...]
+    """Ids of the data sets whose samples stand in the manifest."""
+    build: dict[str, Any]
+    """The rules of the build: pixels, crops, buckets, captions, split."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One crop of a sample: its record and its micro-conditioning; pixels of the resized picture, (h, w)."""
+
+    latent_key: bytes
+    flip: bool
+    crop_top_left: tuple[int, int]
+    target_hw: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class ManifestRow:
+    """One sample: a picture of one data set with its variants and texts."""
+
+    dataset: str
+    sample_id: bytes
+    path: str
+    image_digest: bytes
+    original_hw: tuple[int, int]
+    bucket_hw: tuple[int, int]
+    variants: tuple[Variant, ...]
+    text_keys: tuple[bytes, ...]
+    split: Split
+
+    def order(self) -> tuple[str, tuple[int, int], bytes]:
+        """What rows are sorted by."""
+        return self.dataset, self.bucket_hw, self.sample_id
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """The training rows of one bucket."""
+
+    hw: tuple[int, int]  # pixels
+    rows: np.ndarray[Any, np.dtype[np.int64]]
+
+
+class Manifest:
+    """A sealed manifest, memory-mapped."""
+
+    def __init__(self, name: str, path: Path, table: pa.RecordBatch) -> None:
+        self.name = name
+        self.path = path
+        card = json.loads(table.schema.metadata[_METADATA_KEY])
+        self.digest: str = card["digest"]
+        self.settings = ManifestSettings.model_validate(card["settings"])
+        self._table = table
+
+    def __len__(self) -> int:
+        return int(self._table.num_rows)
+
+    def rows(self, indices: Sequence[int] | np.ndarray[Any, Any]) -> list[ManifestRow]:
+        """The rows at `indices`, in that order."""
+        return [_row(row) for row in self._table.take(pa.array(indices, pa.int64())).to_pylist()]
+
+    def buckets(self, split: Split = "train") -> list[Bucket]:
+        """Rows of `split` by bucket, smallest bucket first; the same bucket of several data sets is one."""
+        hw = self._table.column("bucket_hw").flatten().to_numpy().reshape(-1, 2)
+        codes = self._table.column("split")
+        wanted = codes.dictionary.to_pylist().index(split) if split in codes.dictionary.to_pylist() else -1
+        chosen = np.flatnonzero(codes.indices.to_numpy() == wanted)
+        sizes, membership = np.unique(hw[chosen], axis=0, return_inverse=True)
+        membership = membership.reshape(-1)
+        return [
+            Bucket((int(h), int(w)), chosen[membership == index].astype(np.int64)) for index, (h, w) in enumerate(sizes)
+        ]
+
+
+def seal_manifest(
+    store: Path,
+    name: str,
+    settings: ManifestSettings,
+    rows: Iterable[ManifestRow],
+    *,
+    replace: bool = False,
+    allow_shrink: bool = False,
+) -> Manifest:
+    """Write, sync and rename a manifest into place and make it NAME's current one; the same content is sealed once.
+
+    Raises ManifestMismatch where NAME holds other data sets and `replace` is not given, or where more than a tenth of
+    its rows would be lost and `allow_shrink` is not given.
+    """
+    ordered = sorted(rows, key=ManifestRow.order)
+    digest = manifest_digest(settings, ordered)
+    folder = _folder(store, name)
+    if (folder / "current.json").exists():
+        _check_succession(open_manifest(store, name), settings, len(ordered), replace, allow_shrink)
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / f"{digest}.json").exists():
+        _write(folder, digest, settings, ordered)
+    write_atomically(folder / "current.json", (folder / f"{digest}.json").read_bytes())
+    return open_manifest(store, name)
+
+
+def open_manifest(store: Path, name: str, digest: str | None = None) -> Manifest:
+    """NAME's current manifest, or the one of `digest`; verified, then memory-mapped.
+
+    Raises ManifestMismatch where it is absent, damaged or of a newer format.
+    """
+    folder = _folder(store, name)
+    seal = _read_seal(folder, digest)
+    path = folder / f"{seal['digest']}.arrow"
+    try:
+        with pa.memory_map(str(path)) as mapped:
+            _check_bytes(path, mapped.read_buffer(), seal)
+            batch = pa.ipc.open_file(mapped).get_batch(0)
+        manifest = Manifest(name, path, batch)
+    except (OSError, pa.ArrowException, ValidationError, KeyError, ValueError, TypeError) as error:
+        raise ManifestMismatch(f"manifest {path} is damaged: {str(error).splitlines()[0]}; build it again") from None
+    if manifest.digest != seal["digest"]:
+        raise ManifestMismatch(f"manifest {path} is not the one its seal names")
+    return manifest
+
+
+def list_manifests(store: Path) -> list[str]:
+    """Names of the manifests in a store."""
+    return sorted(path.parent.name for path in (store / "manifests").glob("*/current.json"))
+
+
+def manifest_digest(settings: ManifestSettings, ordered: Iterable[ManifestRow]) -> str:
+    """blake2b-256, hex, over the format version, the settings and the rows in order."""
+    digest = hashlib.blake2b(digest_size=32)
+    digest.update(msgpack.packb([MANIFEST_FORMAT, json.dumps(settings.model_dump(mode="json"), sort_keys=True)]))
+    for row in ordered:
+        variants = [[v.latent_key, v.flip, *v.crop_top_left, *v.target_hw] for v in row.variants]
+        fields = [row.dataset, row.sample_id, row.path, row.image_digest, row.original_hw, row.bucket_hw]
+        digest.update(msgpack.packb([*fields, variants, row.text_keys, row.split], use_bin_type=True))
+    return digest.hexdigest()
+
+
+def _check_succession(old: Manifest, settings: ManifestSettings, count: int, replace: bool, allow_shrink: bool) -> None:
+    if not replace and set(old.settings.datasets) != set(settings.datasets):
+        held, built = ", ".join(old.settings.datasets), ", ".join(settings.datasets)
+        raise ManifestMismatch(
+            f"manifest {old.name!r} is of data sets {held}, this build of {built}: another --manifest, or --replace"
+        )
+    if not allow_shrink and count < 0.9 * len(old):
+        raise ManifestMismatch(
+            f"manifest {old.name!r} has {len(old)} samples and would keep {count}: is a disk missing? "
+            "If this is meant, --allow-shrink"
+        )
+
+
+def _write(folder: Path, digest: str, settings: ManifestSettings, ordered: Sequence[ManifestRow]) -> None:
+    card = {"format": MANIFEST_FORMAT, "digest": digest, "settings": settings.model_dump(mode="json")}
+    schema = SCHEMA.with_metadata({_METADATA_KEY: json.dumps(card, sort_keys=True).encode()})
+    columns = [pa.array([_column(row, field.name) for row in ordered], field.type) for field in schema]
+    temporary, final = folder / f".{digest}.{os.getpid()}.tmp", folder / f"{digest}.arrow"
+    with pa.OSFile(str(temporary), "wb") as file, pa.ipc.new_file(file, schema) as writer:
+        writer.write_batch(pa.record_batch(columns, schema=schema))
+    sync_file(temporary)
+    checksum = xxhash.xxh3_128(temporary.read_bytes()).hexdigest()
+    seal = {
+        "format": MANIFEST_FORMAT,
+        "digest": digest,
+        "rows": len(ordered),
+        "bytes": temporary.stat().st_size,
+        "xxh3_128": checksum,
+        "sealed_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+    os.replace(temporary, final)
+    sync_folder(folder)
+    write_atomically(folder / f"{digest}.json", json.dumps(seal, indent=1).encode() + b"\n")
+
+
+def _column(row: ManifestRow, name: str) -> Any:
+    if name == "variants":
+        return [
+            {
+                "latent_key": v.latent_key,
+                "flip": v.flip,
+                "crop_top": v.crop_top_left[0],
+                "crop_left": v.crop_top_left[1],
+                "target_hw": v.target_hw,
+            }
+            for v in row.variants
+        ]
+    return getattr(row, {"original_size_hw": "original_hw", "texts": "text_keys"}.get(name, name))
+
+
+def _row(row: dict[str, Any]) -> ManifestRow:
+    variants = tuple(
+        Variant(v["latent_key"], v["flip"], (v["crop_top"], v["crop_left"]), _pair(v["target_hw"]))
+        for v in row["variants"]
+    )
+    return ManifestRow(
+        dataset=row["dataset"],
+        sample_id=row["sample_id"],
+        path=row["path"],
+        image_digest=row["image_digest"],
+        original_hw=_pair(row["original_size_hw"]),
+        bucket_hw=_pair(row["bucket_hw"]),
+        variants=variants,
+        text_keys=tuple(row["texts"]),
+        split=row["split"],
+    )
+
+
+def _pair(values: Sequence[int]) -> tuple[int, int]:
+    return values[0], values[1]
+
+
+def _folder(store: Path, name: str) -> Path:
+    if not _NAME.fullmatch(name):
+        raise ConfigError(f"manifest name {name!r}: use letters, digits, '.', '_' and '-', up to 100")
+    return store / "manifests" / name
+
+
+def _read_seal(folder: Path, digest: str | None) -> dict[str, Any]:
+    path = folder / (f"{digest}.json" if digest else "current.json")
+    try:
+        seal = json.loads(path.read_text())
+        version, _, _ = seal["format"], seal["digest"], seal["bytes"]
+    except FileNotFoundError:
+        raise ManifestMismatch(_absent(folder, digest)) from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ManifestMismatch(f"{path} is damaged: {error}; build it again") from None
+    if version != MANIFEST_FORMAT:
+        raise ManifestMismatch(
+            f"{path} is of manifest format {version}; this program reads {MANIFEST_FORMAT}: update it"
+        )
+    if not re.fullmatch(r"[0-9a-f]{64}", str(seal["digest"])):
+        raise ManifestMismatch(f"{path} is damaged: no digest; build it again")
+    return dict(seal)
+
+
+def _absent(folder: Path, digest: str | None) -> str:
+    store = folder.parent.parent
+    if digest and folder.is_dir():
+        return f"manifest {folder.name!r} of digest {digest} is no longer in {store}"
+    known = list_manifests(store)
+    return f"no manifest {folder.name!r} in {store}; " + (
+        f"there are: {', '.join(known)}" if known else "a build that completes makes one (cache-build)"
+    )
+
+
+def _check_bytes(path: Path, data: pa.Buffer, seal: dict[str, Any]) -> None:
+    if len(data) != seal["bytes"] or xxhash.xxh3_128(data).hexdigest() != seal["xxh3_128"]:
+        raise ManifestMismatch(f"manifest {path} is damaged (checksum); build it again")

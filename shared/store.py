@@ -1,0 +1,319 @@
+"""The only module that opens LMDB: one leased writer, many readers, records copied out before a transaction ends.
+
+    STORE/data.mdb, lock.mdb    LMDB 0.9 format, one database: content key (16 bytes) -> framed record
+    STORE/store.json            format version of all this
+    STORE/writer.lock           flock held by the writer; says who
+    STORE/manifests/            sealed views of the store (shared/manifest.py)
+
+A live store is append-only, commits are synchronous, and "stored" is said only after commit returned.
+"""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import shutil
+import socket
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import lmdb
+import numpy as np
+
+from shared.atomic import write_atomically
+from shared.errors import (
+    RecordCorrupt,
+    StoreBusy,
+    StoreError,
+    StoreFormat,
+    StoreFull,
+    StoreIO,
+    StoreLocked,
+    StoreMissing,
+)
+from shared.preflight import check_data_file
+from shared.record import Array, Record, decode_record
+
+STORE_FORMAT = 1
+MAP_SIZE_BYTES = 16 << 40  # address space, not memory or disk; the same for every process
+MIN_MAP_SIZE_BYTES = 64 << 20
+MAX_READERS = 1024
+FREE_MARGIN_BYTES = 16 << 20
+_OWN_NAMES = {"data.mdb", "lock.mdb", "store.json", "writer.lock", "manifests", "quarantine"}
+
+
+class Snapshot:
+    """One read transaction: everything read in it is of one moment. Lives for one batch at most."""
+
+    def __init__(self, transaction: Any) -> None:
+        self._transaction = transaction
+
+    def has(self, key: bytes) -> bool:
+        """Whether a record is stored under `key`; does not read it."""
+        return self._transaction.get(key) is not None
+
+    def read(self, key: bytes) -> Record:
+        """A copy of the record of `key`; raises RecordCorrupt where it is absent or damaged."""
+        return decode_record(key, bytes(self._view(key)))
+
+    def copy_into(self, key: bytes, targets: Mapping[str, Array]) -> Mapping[str, Any]:
+        """Verify the record of `key`, copy its tensors straight from the map into `targets`, return its meta.
+
+        Targets are C-contiguous arrays of the tensors' dtypes and shapes; raises RecordCorrupt where they are not,
+        or the record is absent or damaged; targets may then be partly written.
+        """
+        record = decode_record(key, self._view(key))
+        for name, target in targets.items():
+            source = record.tensors.get(name)
+            if source is None or source.shape != target.shape or source.dtype != target.dtype:
+                found = "absent" if source is None else f"{source.dtype} {source.shape}"
+                raise RecordCorrupt(
+                    f"record {key.hex()}: tensor {name!r} is {found}, not {target.dtype} {target.shape}"
+                )
+            # As bytes: copies through half-precision views run at half the rate.
+            np.copyto(target.reshape(-1).view(np.uint8), source.reshape(-1).view(np.uint8))
+        return record.meta
+
+    def _view(self, key: bytes) -> memoryview:
+        view: memoryview | None = self._transaction.get(key)
+        if view is None:
+            raise RecordCorrupt(f"record {key.hex()} is not in the store")
+        return view
+
+
+class _Environment:
+    """An LMDB environment that opens lazily in each process and survives a map that somebody else grew."""
+
+    readonly = True
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._env: Any = None
+        self._pid = 0
+
+    @contextlib.contextmanager
+    def snapshot(self) -> Iterator[Snapshot]:
+        """A consistent view for the length of the block; what is read in it is copied, nothing points into the map."""
+        with _translated(self.path):
+            transaction = self._begin()
+            try:
+                yield Snapshot(transaction)
+            finally:
+                transaction.abort()
+
+    def close(self) -> None:
+        """Close the environment in this process."""
+        if self._env is not None and self._pid == os.getpid():
+            self._env.close()
+        self._env = None
+
+    def _begin(self) -> Any:
+        env = self._opened()
+        try:
+            return env.begin(buffers=True)
+        except lmdb.MapResizedError:  # another process has grown the map beyond ours
+            env.set_mapsize(0)
+        except lmdb.ReadersFullError:  # killed readers leave their slots behind
+            env.reader_check()
+        return env.begin(buffers=True)
+
+    def _opened(self) -> Any:
+        if self._env is None or self._pid != os.getpid():  # an environment must not cross a fork
+            self._env, self._pid = self._open(), os.getpid()
+            self._env.reader_check()
+        return self._env
+
+    def _open(self) -> Any:
+        size = MAP_SIZE_BYTES
+        while True:
+            try:
+                return lmdb.open(
+                    str(self.path),
+                    map_size=size,
+                    readonly=self.readonly,
+                    create=False,
+                    max_readers=MAX_READERS,
+                    lib_version=0,
+                    sync=True,
+                    metasync=True,
+                    writemap=False,
+                    map_async=False,
+                    lock=True,
+                )
+            except MemoryError:
+                size //= 2
+                if size < MIN_MAP_SIZE_BYTES:
+                    raise StoreError(f"{self.path}: no address space to map the store (ulimit -v?)") from None
+
+
+class StoreReader(_Environment):
+    """Reads a store that others may be writing; raises StoreMissing or StoreFormat where there is none to read."""
+
+    def __init__(self, path: Path) -> None:
+        if not (path / "store.json").exists():
+            raise StoreMissing(f"no store at {path}: make one with cache-build FOLDER --store {path} --model MODEL")
+        _check_format(path)
+        check_data_file(path / "data.mdb")
+        super().__init__(path)
+
+    def __enter__(self) -> "StoreReader":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class StoreWriter(_Environment):
+    """The one writer of a store, created where absent; holds the lease until closed."""
+
+    readonly = False
+
+    def __init__(self, path: Path, *, wait: bool = False) -> None:
+        """Raises StoreLocked while another process holds the lease, unless `wait`; StoreFormat for foreign folders."""
+        _refuse_foreign_folder(path)
+        path.mkdir(parents=True, exist_ok=True)
+        super().__init__(path)
+        self._lease = _Lease(path / "writer.lock", wait)
+        try:
+            self._prepare()
+        except BaseException:
+            self._lease.release()
+            raise
+
+    def put_many(self, records: Sequence[tuple[bytes, bytes]]) -> int:
+        """Commit framed records under their keys, durably, and return how many were new; present keys stay as they are.
+
+        Raises StoreFull or StoreIO; then nothing of this batch is stored and everything before it is.
+        """
+        self._check_space(sum(len(value) for _, value in records))
+        while True:
+            try:
+                with _translated(self.path), self._opened().begin(write=True) as transaction:
+                    return sum(transaction.put(key, value, overwrite=False) for key, value in records)
+            except lmdb.MapFullError:
+                self._grow_map()
+            except (StoreFull, StoreIO):
+                self.close_environment()  # LMDB's state after a failed write is not to be trusted
+                raise
+
+    def close_environment(self) -> None:
+        """Close LMDB but keep the lease."""
+        super().close()
+
+    def close(self) -> None:
+        """Close LMDB and give the lease back."""
+        super().close()
+        self._lease.release()
+
+    def __enter__(self) -> "StoreWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _prepare(self) -> None:
+        data, card = self.path / "data.mdb", self.path / "store.json"
+        if card.exists():
+            _check_format(self.path)
+        elif data.exists() and data.stat().st_size < 8192:
+            data.unlink()  # killed while LMDB made the file: there is nothing in it
+        if data.exists():
+            check_data_file(data)
+        with _translated(self.path):
+            self._opened()
+        if not card.exists():
+            write_atomically(card, json.dumps({"format": STORE_FORMAT, "engine": "lmdb 0.9"}).encode() + b"\n")
+
+    def _check_space(self, needed_bytes: int) -> None:
+        free = shutil.disk_usage(self.path).free
+        if free < needed_bytes + FREE_MARGIN_BYTES:
+            raise StoreFull(
+                f"{self.path}: {free >> 20} MiB free, {(needed_bytes + FREE_MARGIN_BYTES) >> 20} needed; free some "
+                "space and run the same command again, what is stored stays stored"
+            )
+
+    def _grow_map(self) -> None:
+        with _translated(self.path):
+            env = self._opened()
+            try:
+                env.set_mapsize(env.info()["map_size"] * 2)
+            except MemoryError:
+                raise StoreFull(f"{self.path}: no address space to grow the map (ulimit -v?)") from None
+
+
+class _Lease:
+    """An flock on a file that says who holds it; the kernel gives it back when its holder dies, however it dies."""
+
+    def __init__(self, path: Path, wait: bool) -> None:
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        while not self._try():
+            if not wait:
+                holder = os.pread(self._fd, 4096, 0).decode(errors="replace").strip()
+                os.close(self._fd)
+                raise StoreLocked(
+                    f"{path.parent} is being written by {holder or 'another process'}; wait for it (--wait)"
+                )
+            time.sleep(0.2)
+        os.ftruncate(self._fd, 0)
+        os.pwrite(self._fd, f"pid {os.getpid()} on {socket.gethostname()} since {time.ctime()}\n".encode(), 0)
+
+    def _try(self) -> bool:
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+    def release(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+class _translated(contextlib.AbstractContextManager[None]):
+    """LMDB's errors as ours; MapFull passes, its one caller replays."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if not isinstance(error, lmdb.Error) or isinstance(error, lmdb.MapFullError):
+            return
+        code = getattr(error, "code", 0)
+        if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise StoreFull(f"{self.path}: no space left; free some and run the same command again") from error
+        if code == errno.EIO:
+            raise StoreIO(f"{self.path}: the disk failed ({error}); check it before writing again") from error
+        if isinstance(
+            error, (lmdb.InvalidError, lmdb.VersionMismatchError, lmdb.CorruptedError, lmdb.PageNotFoundError)
+        ):
+            raise StoreFormat(f"{self.path}: not an LMDB store that can be read ({error})") from error
+        if isinstance(error, (lmdb.LockError, lmdb.BadRslotError, lmdb.ReadersFullError)):
+            raise StoreBusy(
+                f"{self.path}: LMDB's reader table is in conflict ({error}); containers that share a store must share "
+                "a PID namespace (docker: --pid, compose: pid:)"
+            ) from error
+        raise StoreError(f"{self.path}: {error}") from error
+
+
+def _check_format(path: Path) -> None:
+    try:
+        version = json.loads((path / "store.json").read_text())["format"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise StoreFormat(f"{path}/store.json cannot be read: {error}") from None
+    if version != STORE_FORMAT:
+        raise StoreFormat(f"{path} is of store format {version}; this program reads {STORE_FORMAT}: update it")
+
+
+def _refuse_foreign_folder(path: Path) -> None:
+    if path.exists() and not path.is_dir():
+        raise StoreFormat(f"{path} is a file, not a store")
+    foreign = sorted(set(os.listdir(path)) - _OWN_NAMES) if path.exists() else []
+    if foreign and not (path / "store.json").exists():
+        raise StoreFormat(f"{path} is not a store and not empty (it holds {foreign[0]!r}): name a new folder")
