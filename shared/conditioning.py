@@ -9,12 +9,12 @@ The second is a slice of the first: the last d2 columns are the second text enco
 """
 
 from dataclasses import dataclass
-from typing import Literal
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Literal
 
 from shared.errors import DataError
+
+if TYPE_CHECKING:  # torch is imported where a tensor is made: a build with nothing to encode reads this page too
+    from torch import Tensor
 
 Layout = Literal["sdxl", "sdxl-refiner"]
 
@@ -25,8 +25,8 @@ TEXT_LENGTH = 77  # tokens a CLIP text encoder reads at once; prompt_embeds are 
 class PromptEmbeds:
     """Embeds of prompts: prompt_embeds [B, n, d1 + d2] and pooled_prompt_embeds [B, p], or one prompt without B."""
 
-    prompt_embeds: Tensor
-    pooled_prompt_embeds: Tensor
+    prompt_embeds: "Tensor"
+    pooled_prompt_embeds: "Tensor"
 
     def __post_init__(self) -> None:
         if self.prompt_embeds.shape[-2] % TEXT_LENGTH:
@@ -41,18 +41,22 @@ class MicroConditioning:
     crop_top_left: tuple[int, int]
     target_hw: tuple[int, int]
 
-    def time_ids(self) -> Tensor:
+    def time_ids(self) -> "Tensor":
         """The six ids in SDXL's order, fp32 [6]; half precision would round sizes above 2048."""
+        import torch
+
         return torch.tensor([*self.original_hw, *self.crop_top_left, *self.target_hw], dtype=torch.float32)
 
 
-def layout_embeds(layout: Layout, prompt_embeds: Tensor, refiner_width: int) -> Tensor:
+def layout_embeds(layout: Layout, prompt_embeds: "Tensor", refiner_width: int) -> "Tensor":
     """prompt_embeds as `layout` takes them: all columns, or for the stock refiner the last `refiner_width`."""
     return prompt_embeds if layout == "sdxl" else prompt_embeds[..., -refiner_width:]
 
 
-def layout_time_ids(layout: Layout, time_ids: Tensor, aesthetic_score: float) -> Tensor:
+def layout_time_ids(layout: Layout, time_ids: "Tensor", aesthetic_score: float) -> "Tensor":
     """time_ids fp32 [B, 6] as `layout` takes them: as they are, or [B, 5] with a score in place of the target size."""
+    import torch
+
     if layout == "sdxl":
         return time_ids
     score = torch.full_like(time_ids[..., :1], aesthetic_score)

@@ -10,13 +10,15 @@ LOGVAR_MIN, LOGVAR_MAX = -30.0, 20.0  # where diffusers' DiagonalGaussianDistrib
 
 @dataclass(frozen=True)
 class LatentMoments:
-    """Mean and log-variance of the posterior q(z|x), each [B, 4, h, w] (or without B), unscaled."""
+    """Mean and log-variance of the posterior q(z|x), each [B, 4, h, w] (or without B), unscaled; None: no variance."""
 
     mean: Tensor
-    logvar: Tensor
+    logvar: Tensor | None
 
 
 def sample_latents(moments: LatentMoments, scaling_factor: float, eps: Tensor) -> Tensor:
     """x_0 = scaling_factor * (mean + exp(logvar / 2) eps), fp32; `eps` standard normal in the shape of the mean."""
+    if moments.logvar is None:
+        return scaling_factor * moments.mean.float()
     deviation = torch.exp(0.5 * moments.logvar.float().clamp(LOGVAR_MIN, LOGVAR_MAX))
     return scaling_factor * (moments.mean.float() + deviation * eps)

@@ -70,6 +70,8 @@ class ManifestSettings(BaseModel):
     """Channels of a latent."""
     downscale: int
     """Pixels per latent, along an edge."""
+    latents: Literal["moments", "mean"]
+    """What latent records hold: mean and log-variance, or the mean alone."""
     text_digests: dict[str, str]
     """Digest of each text encoder and tokenizer, by model folder, hex."""
     text_widths: tuple[int, int]

@@ -229,11 +229,11 @@ class StoreWriter(_Environment):
             write_atomically(card, json.dumps({"format": STORE_FORMAT, "engine": "lmdb 0.9"}).encode() + b"\n")
 
     def _check_space(self, needed_bytes: int) -> None:
-        free = shutil.disk_usage(self.path).free
-        if free < needed_bytes + FREE_MARGIN_BYTES:
+        free = free_bytes(self.path)
+        if free < needed_bytes:
             raise StoreFull(
-                f"{self.path}: {free >> 20} MiB free, {(needed_bytes + FREE_MARGIN_BYTES) >> 20} needed; free some "
-                "space and run the same command again, what is stored stays stored"
+                f"{self.path}: no space left for {needed_bytes >> 10} KiB more; free some and run the same command "
+                "again, what is stored stays stored"
             )
 
     def _grow_map(self) -> None:
@@ -300,6 +300,11 @@ class _translated(contextlib.AbstractContextManager[None]):
                 "a PID namespace (docker: --pid, compose: pid:)"
             ) from error
         raise StoreError(f"{self.path}: {error}") from error
+
+
+def free_bytes(path: Path) -> int:
+    """Bytes that a store at `path` may still write."""
+    return max(0, shutil.disk_usage(path).free - FREE_MARGIN_BYTES)
 
 
 def _check_format(path: Path) -> None:

@@ -66,7 +66,9 @@ class TextEncoders:
     def __init__(self, model: Path, device: "torch.device | str", chunks: int = 1) -> None:
         import torch
         from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+        from transformers.utils import logging
 
+        logging.disable_progress_bar()  # its bars would tear ours
         self.device = torch.device(device)
         self.chunks = chunks
         self._tokenizers = [CLIPTokenizer.from_pretrained(_folder(model, name)) for name in _TOKENIZERS]

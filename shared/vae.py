@@ -85,8 +85,8 @@ class Vae:
         self.dtype = getattr(torch, dtype)
         self.device = torch.device(device)
         variant = weights_variant(folder)
-        self._vae: Any = AutoencoderKL.from_pretrained(folder, use_safetensors=True, variant=variant)
-        self._vae.to(self.device, self.dtype).eval().requires_grad_(False)
+        self._vae: Any = AutoencoderKL.from_pretrained(folder, use_safetensors=True, variant=variant, dtype=self.dtype)
+        self._vae.to(self.device).eval().requires_grad_(False)
         self.scaling_factor = float(self._vae.config.scaling_factor)
 
     def encode(self, pixels: "Tensor") -> "LatentMoments":

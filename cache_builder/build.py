@@ -1,0 +1,133 @@
+"""A build: scan -> plan -> encode what is missing -> commit -> seal. A kill at any point loses nothing committed.
+
+The store grows in commits of one batch; the manifest is sealed at the end, from what the store then holds. A second
+build of the same pictures finds every key there, loads no weights and seals the same digest.
+"""
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from cache_builder.config import BuildConfig
+from cache_builder.encode import SampleEncoder
+from cache_builder.fill import Filler
+from cache_builder.keys import sample_id, text_key
+from cache_builder.report import BuildReport
+from cache_builder.scan import Sample, Scanner
+from cache_builder.sources import Source
+from cache_builder.split import Thumbnail, held_out
+from shared.errors import DataError
+from shared.manifest import ManifestRow, ManifestSettings, Variant, seal_manifest
+from shared.store import StoreWriter
+from shared.text_encoders import TextFacts, read_text_facts
+from shared.vae import EncodeDtype, VaeFacts, choose_encode_dtype, read_vae_facts
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """Where a build goes and how it may change what is there."""
+
+    store: Path
+    manifest: str
+    device: str = "auto"
+    wait: bool = False
+    replace: bool = False
+    allow_shrink: bool = False
+
+
+def build(sources: Sequence[Source], model: Path, config: BuildConfig, options: BuildOptions) -> BuildReport:
+    """Encode what is missing of `sources` into the store and seal a manifest of them; returns the account.
+
+    Raises DataError (nothing to train on, too much unreadable), StoreLocked, StoreFull and the other StoreErrors.
+    """
+    started_s = time.monotonic()
+    report = BuildReport(manifest=options.manifest)
+    vae, text = read_vae_facts(model), read_text_facts(model)
+    dtype = _encode_dtype(config, vae, options.device)
+    with StoreWriter(options.store, wait=options.wait) as store:
+        scanner = Scanner(config, vae.digest, dtype, report)
+        samples = scanner.scan(sources, store)
+        encoder = SampleEncoder(model, options.device, dtype, config.encode.latents, config.text.chunks)
+        filler = Filler(store, config, scanner, report, encoder)
+        null_key = filler.encode_captions(samples, text)
+        usable = filler.encode_pictures(samples, vae)
+        _check_quarantine(config, report)
+        split = held_out(config.split, [s.path for s in usable], [_known(s.thumbnail) for s in usable])
+        report.held_out = sum(split)
+        settings = _settings(config, vae, text, dtype, null_key, sources, model)
+        rows = [_row(s, is_out, config, text) for s, is_out in zip(usable, split, strict=True)]
+        report.digest = seal_manifest(
+            options.store, options.manifest, settings, rows, replace=options.replace, allow_shrink=options.allow_shrink
+        ).digest
+    report.check()
+    report.seconds = time.monotonic() - started_s
+    return report
+
+
+def _encode_dtype(config: BuildConfig, vae: VaeFacts, device: str) -> EncodeDtype:
+    if config.encode.dtype == "auto" and not vae.force_upcast and device != "cpu":
+        from shared.device import choose_device
+
+        device = choose_device(device).type
+    return choose_encode_dtype(config.encode.dtype, vae, device.partition(":")[0])
+
+
+def _check_quarantine(config: BuildConfig, report: BuildReport) -> None:
+    count = len(report.quarantined)
+    if count > config.max_quarantined * report.seen:
+        path, reason = report.quarantined[0]
+        raise DataError(
+            f"{count} of {report.seen} pictures cannot be used (first {path}: {reason}), more than max_quarantined = "
+            f"{config.max_quarantined}; nothing was sealed, what could be encoded is stored"
+        )
+
+
+def _settings(
+    config: BuildConfig,
+    vae: VaeFacts,
+    text: TextFacts,
+    dtype: EncodeDtype,
+    null_key: bytes,
+    sources: Sequence[Source],
+    model: Path,
+) -> ManifestSettings:
+    declared = config.model_dump(mode="json", exclude={"encode", "max_quarantined"})
+    declared["encode"] = {"dtype": dtype, "latents": config.encode.latents}
+    index = json.loads((model / "model_index.json").read_text())
+    return ManifestSettings(
+        vae_digest=vae.digest,
+        scaling_factor=vae.scaling_factor,
+        latent_channels=vae.latent_channels,
+        downscale=vae.downscale,
+        latents=config.encode.latents,
+        text_digests=text.digests,
+        text_widths=text.widths,
+        pooled_width=text.pooled_width,
+        text_chunks=config.text.chunks,
+        null_text_key=null_key.hex(),
+        zeros_for_empty_prompt=bool(index.get("force_zeros_for_empty_prompt", True)),
+        datasets=tuple(sorted({source.dataset_id for source in sources})),
+        build=declared,
+    )
+
+
+def _row(sample: Sample, is_held_out: bool, config: BuildConfig, text: TextFacts) -> ManifestRow:
+    plan = sample.plan
+    return ManifestRow(
+        dataset=sample.dataset,
+        sample_id=sample_id(sample.dataset, sample.digest),
+        path=sample.path,
+        image_digest=sample.digest,
+        original_hw=sample.original_hw,
+        bucket_hw=plan.target_hw,
+        variants=(Variant(sample.latent_key, plan.flip, (plan.box_top, plan.box_left), plan.target_hw),),
+        text_keys=tuple(text_key(caption, config.text.chunks, text.digests) for caption in sample.captions),
+        split="eval" if is_held_out else "train",
+    )
+
+
+def _known(thumb: Thumbnail | None) -> Thumbnail:
+    assert thumb is not None  # every usable sample has been decoded, now or earlier
+    return thumb

@@ -1,0 +1,61 @@
+"""Content keys: what a record depends on, and nothing else. Never a path, a time or a position in a list.
+
+A changed byte of picture, caption, weights or pixel rule changes just the keys that depend on it.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import astuple
+from typing import Any
+
+import msgpack
+
+from cache_builder.buckets import CropPlan
+from cache_builder.pixels import PIXELS_VERSION, PixelRules
+
+KEY_FORMAT = 1
+STORED_DTYPE = "float16"
+
+
+def image_digest(data: bytes) -> bytes:
+    """blake2b-256 of the bytes of a picture file."""
+    return hashlib.blake2b(data, digest_size=32).digest()
+
+
+def facts_key(digest: bytes, rules: PixelRules) -> bytes:
+    """Key of what is known of a picture before it is cropped: its size and its thumbnail."""
+    return _key("facts", PIXELS_VERSION, digest, astuple(rules))
+
+
+def latent_key(
+    digest: bytes, plan: CropPlan, rules: PixelRules, vae_digest: str, encode_dtype: str, latents: str
+) -> bytes:
+    """Key of the latents of one crop of a picture."""
+    fields = (digest, astuple(plan), PIXELS_VERSION, astuple(rules), vae_digest, encode_dtype, STORED_DTYPE, latents)
+    return _key("latents", *fields)
+
+
+def text_key(caption: str, chunks: int, text_digests: Mapping[str, str]) -> bytes:
+    """Key of the embeds of one caption."""
+    return _key("text", caption.encode(), chunks, sorted(text_digests.items()), "float32", STORED_DTYPE)
+
+
+def text_facts_key(key: bytes) -> bytes:
+    """Key of what is known of a caption's tokens, small enough to be read at every build; `key` is its text key."""
+    return _key("text facts", key)
+
+
+def sample_id(dataset: str, digest: bytes) -> bytes:
+    """Identity of a picture within a data set."""
+    return _key("sample", dataset, digest)
+
+
+def crop_draw(seed: int, digest: bytes, variant: int) -> tuple[float, float]:
+    """Two uniform draws in [0, 1) that place a random crop of a picture."""
+    bits = _key("crop", seed, digest, variant)
+    return int.from_bytes(bits[:6], "big") / 2**48, int.from_bytes(bits[6:12], "big") / 2**48
+
+
+def _key(*fields: Any) -> bytes:
+    message = msgpack.packb([KEY_FORMAT, *fields], use_bin_type=True)
+    return hashlib.blake2b(message, digest_size=16).digest()

@@ -1,0 +1,73 @@
+"""What became of everything that was seen: seen = stored + reused + quarantined + skipped + duplicate, always."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+from shared.command import one_line
+
+LISTED = 20
+
+
+@dataclass
+class BuildReport:
+    """The account of one build; `skipped` counts by reason, `quarantined` lists (path, reason)."""
+
+    seen: int = 0
+    stored: int = 0
+    reused: int = 0
+    duplicate: int = 0
+    skipped: Counter[str] = field(default_factory=Counter)
+    quarantined: list[tuple[str, str]] = field(default_factory=list)
+    captions: int = 0
+    unique_captions: int = 0
+    encoded_captions: int = 0
+    truncated: int = 0
+    held_out: int = 0
+    manifest: str = ""
+    digest: str = ""
+    seconds: float = 0.0
+
+    def check(self) -> None:
+        """The sum holds, or the accounting has a fault that nobody should train on."""
+        parts = self.stored + self.reused + self.duplicate + self.skipped.total() + len(self.quarantined)
+        if parts != self.seen:
+            raise AssertionError(f"saw {self.seen} pictures and accounts for {parts}")
+
+    def as_json(self) -> dict[str, Any]:
+        """The report for programs."""
+        return {
+            "seen": self.seen,
+            "stored": self.stored,
+            "reused": self.reused,
+            "quarantined": len(self.quarantined),
+            "skipped": self.skipped.total(),
+            "duplicate": self.duplicate,
+            "captions": self.captions,
+            "unique_captions": self.unique_captions,
+            "encoded_captions": self.encoded_captions,
+            "truncated": self.truncated,
+            "held_out": self.held_out,
+            "manifest": self.manifest,
+            "digest": self.digest,
+            "seconds": round(self.seconds, 3),
+            "skipped_by_reason": dict(self.skipped),
+            "quarantined_files": [{"path": path, "reason": reason} for path, reason in self.quarantined],
+        }
+
+    def as_text(self) -> str:
+        """The report for people."""
+        lines = [
+            f"seen {self.seen} = stored {self.stored} + reused {self.reused} + quarantined {len(self.quarantined)}"
+            f" + skipped {self.skipped.total()} + duplicate {self.duplicate}",
+            f"captions {self.captions}, {self.unique_captions} different, {self.encoded_captions} encoded now,"
+            f" {self.truncated} cut short; {self.held_out} samples held out",
+        ]
+        lines += [f"  skipped {count}: {one_line(reason)}" for reason, count in self.skipped.most_common()]
+        lines += [f"  quarantined {one_line(path)}: {one_line(why)}" for path, why in self.quarantined[:LISTED]]
+        if len(self.quarantined) > LISTED:
+            lines.append(f"  and {len(self.quarantined) - LISTED} more (--json lists all)")
+        if not self.stored and not self.encoded_captions:
+            lines.append("nothing to encode: every picture and caption was stored already, no weights were loaded")
+        lines.append(f"manifest {self.manifest} {self.digest[:16]} in {self.seconds:.1f} s")
+        return "\n".join(lines)

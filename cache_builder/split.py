@@ -1,0 +1,53 @@
+"""Which samples are held out: by the hash of a group, so that builds agree; near copies fall on one side.
+
+A picture's group is its 64-bit difference hash, which rescaling and recompression rarely change, and seldom by more
+than a few bits. So whatever lies within NEAR_BITS of a held-out hash and looks the same is held out too.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import PurePosixPath
+from typing import Any
+
+import numpy as np
+
+from cache_builder.config import SplitRules
+from cache_builder.pixels import difference_hash
+
+NEAR_BITS = 6
+NEAR_LEVELS = 3.0  # mean difference between thumbnails of copies of one picture, of 255
+
+Thumbnail = np.ndarray[Any, np.dtype[np.uint8]]
+
+
+def held_out(rules: SplitRules, paths: Sequence[str], thumbnails: Sequence[Thumbnail]) -> list[bool]:
+    """For each sample, by its path and thumbnail, whether it is held out of training."""
+    if rules.group == "folder":
+        return [_chosen(rules, str(PurePosixPath(path).parent).encode()) for path in paths]
+    hashes = [difference_hash(thumbnail) for thumbnail in thumbnails]
+    chosen = np.array([_chosen(rules, value.to_bytes(8, "big")) for value in hashes], bool)
+    if chosen.any():
+        _follow_near_copies(chosen, np.array(hashes, np.uint64), np.stack(thumbnails).astype(np.int16))
+    return [bool(is_held_out) for is_held_out in chosen]
+
+
+def _chosen(rules: SplitRules, group: bytes) -> bool:
+    message = rules.salt.encode() + b"\0" + group
+    draw = int.from_bytes(hashlib.blake2b(message, digest_size=8).digest(), "big") / 2**64
+    return draw < rules.eval_fraction
+
+
+def _follow_near_copies(
+    chosen: np.ndarray[Any, np.dtype[np.bool_]],  # [N], changed in place
+    hashes: np.ndarray[Any, np.dtype[np.uint64]],  # [N]
+    thumbnails: np.ndarray[Any, np.dtype[np.int16]],  # [N, 8, 9, 3]
+) -> None:
+    """Hold out what is a near copy of something held out, and its near copies in turn."""
+    frontier = list(np.flatnonzero(chosen))
+    while frontier:
+        index = frontier.pop()
+        near = np.flatnonzero((np.bitwise_count(hashes ^ hashes[index]) <= NEAR_BITS) & ~chosen)
+        difference = np.abs(thumbnails[near] - thumbnails[index]).mean(axis=(1, 2, 3))
+        copies = near[difference <= NEAR_LEVELS]
+        chosen[copies] = True
+        frontier += list(copies)

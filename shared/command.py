@@ -1,0 +1,58 @@
+"""The frame of every command: parse, call one function, and on an error one line on stderr and a documented exit code.
+
+0 complete   64 usage or config   65 data or format   73 locked   74 I/O or disk full   75 stopped, run it again
+"""
+
+import sys
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import typer
+
+from shared.errors import ConfigError, ExpertsError, Stopped, StoreFull, StoreIO
+
+# typer 0.29 carries a click of its own, earlier versions import click: the class is the same base either way.
+_UsageError: Any = typer.BadParameter.__mro__[1]
+
+
+def run_command(function: Callable[..., Any], arguments: list[str] | None = None) -> NoReturn:
+    """Run `function` as a command line and end the process with its exit code."""
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command()(function)
+    try:
+        code = app(arguments, standalone_mode=False)
+    except _UsageError as error:
+        _fail(ConfigError(f"{error.format_message()} (--help shows the options)"))
+    except ExpertsError as error:
+        _fail(error)
+    except (KeyboardInterrupt, typer.Abort):
+        _fail(Stopped("interrupted; what was stored or saved stays, and the same command goes on"))
+    except OSError as error:
+        _fail(_explain_os_error(error))
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def not_yet(name: str, instead: str) -> NoReturn:
+    """Say in one line that a command comes later, and end with 64."""
+    _fail(ConfigError(f"{name} is not built yet; {instead}"))
+
+
+def one_line(text: str) -> str:
+    """`text` with control characters escaped, so that file names and captions cannot forge lines of output."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
+def _explain_os_error(error: OSError) -> ExpertsError:
+    import errno
+
+    where = f"{error.filename}: " if error.filename else ""
+    message = f"{where}{error.strerror or error}"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return StoreFull(f"{message}; free some space and run the same command again")
+    return StoreIO(message)
+
+
+def _fail(error: ExpertsError) -> NoReturn:
+    prefix = "stopped" if isinstance(error, Stopped) else "error"
+    print(f"{prefix}: {one_line(str(error))}", file=sys.stderr)  # noqa: T201 -- this is the place that prints
+    sys.exit(error.exit_code)

@@ -1,0 +1,65 @@
+"""Progress on stderr: a bar with rate and time left on a terminal, a line now and then where there is none."""
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+LINE_EVERY_S = 30.0
+
+
+def say(message: str) -> None:
+    """One line on stderr."""
+    sys.stderr.write(message + "\n")
+    sys.stderr.flush()
+
+
+@contextlib.contextmanager
+def progress(task: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+    """Show `task` advancing to `total` units; yields a function that takes how many were done."""
+    if sys.stderr.isatty():
+        with _bar(task, total, unit) as advance:
+            yield advance
+    else:
+        yield _Lines(task, total, unit)
+
+
+class _Lines:
+    def __init__(self, task: str, total: int, unit: str) -> None:
+        self.task, self.total, self.unit = task, total, unit
+        self.done, self.started_s = 0, time.monotonic()
+        self.said_s = self.started_s
+
+    def __call__(self, count: int) -> None:
+        self.done += count
+        now_s = time.monotonic()
+        if now_s - self.said_s < LINE_EVERY_S:
+            return
+        self.said_s = now_s
+        rate = self.done / (now_s - self.started_s)
+        left_s = (self.total - self.done) / rate if rate else 0
+        say(f"{self.task}: {self.done} of {self.total}, {rate:.1f} {self.unit}/s, {left_s:.0f} s left")
+
+
+@contextlib.contextmanager
+def _bar(task: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        ProgressColumn,
+        Task,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+    from rich.text import Text
+
+    class Rate(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            return Text(f"{task.finished_speed or task.speed or 0:.1f} {unit}/s")
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        item = bar.add_task(task, total=total)
+        yield lambda count: bar.advance(item, count)
