@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from shared.command import not_yet, run_command
+from shared.command import not_yet, run_command, yield_idle_threads
 
 Folder = Annotated[Path, typer.Argument(help="Folder of pictures, each with its caption beside it (cat.png, cat.txt).")]
 StorePath = Annotated[Path, typer.Option("--store", help="Store to add to; made where there is none.")]
@@ -58,6 +58,7 @@ def _cache_build(
 
 def cache_build() -> None:
     """Console script `cache-build`."""
+    yield_idle_threads()
     run_command(_cache_build)
 
 

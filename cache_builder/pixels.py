@@ -8,6 +8,7 @@ What the pixels are depends on the bytes and on PixelRules alone; a change here 
 """
 
 import functools
+import logging
 import re
 import threading
 import warnings
@@ -26,7 +27,7 @@ from shared.errors import ConfigError, DataError
 
 PIXELS_VERSION = 1
 FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "TIFF", "GIF", "BMP")
-EXTENSIONS = frozenset(".jpg .jpeg .jpe .jfif .png .apng .webp .avif .tif .tiff .gif .bmp".split())
+EXTENSIONS = frozenset({".jpg", ".jpeg", ".jfif", ".png", ".webp", ".avif", ".tif", ".tiff", ".gif", ".bmp"})
 MAX_PROFILE_BYTES = 4 * 2**20
 PILLOW_MAX_PIXELS = 178_956_970  # where Pillow itself refuses, whatever we allow
 HASH_MARGIN = 2  # levels of luma; less is noise of compression, so that flat areas keep their bits
@@ -34,20 +35,8 @@ HASH_MARGIN = 2  # levels of luma; less is noise of compression, so that flat ar
 Pixels = npt.NDArray[np.uint8]
 
 _T = Image.Transpose
-_UPRIGHT = dict(  # by EXIF orientation
-    enumerate(
-        (
-            _T.FLIP_LEFT_RIGHT,
-            _T.ROTATE_180,
-            _T.FLIP_TOP_BOTTOM,
-            _T.TRANSPOSE,
-            _T.ROTATE_270,
-            _T.TRANSVERSE,
-            _T.ROTATE_90,
-        ),
-        start=2,
-    )
-)
+_UPRIGHT = {2: _T.FLIP_LEFT_RIGHT, 3: _T.ROTATE_180, 4: _T.FLIP_TOP_BOTTOM, 5: _T.TRANSPOSE}  # by EXIF orientation
+_UPRIGHT |= {6: _T.ROTATE_270, 7: _T.TRANSVERSE, 8: _T.ROTATE_90}
 _RESAMPLE = {"lanczos": Image.Resampling.LANCZOS, "bicubic": Image.Resampling.BICUBIC}
 _PROFILE_SPACES = {"L": "GRAY", "RGB": "RGB ", "CMYK": "CMYK"}
 _LUMA = np.array([299, 587, 114])  # thousandths
@@ -85,17 +74,8 @@ def read_size(data: bytes, limits: PixelLimits) -> tuple[int, int]:
 
 def decode(data: bytes, rules: PixelRules, limits: PixelLimits) -> Pixels:
     """uint8 [h, w, 3], upright sRGB on the background colour, first frame, read-only; raises PictureError."""
-    with _untrusted(), _open(data, limits) as image:
-        orientation = _orientation(image)
-        size_hw = _upright_hw(image, orientation)
-        _fix_transparency(image)
-        image.load()
-        rgb = _flatten(image, rules.background_rgb)
-        if orientation in _UPRIGHT:
-            rgb = rgb.transpose(_UPRIGHT[orientation])
-        if (rgb.height, rgb.width) != size_hw:
-            raise PictureError(f"its header says {size_hw[0]} x {size_hw[1]} px, it holds {rgb.height} x {rgb.width}")
-        return np.asarray(rgb)
+    with _untrusted():
+        return np.asarray(_decode(data, rules, limits))  # here the picture as decoded is gone: 256 MB less at 64 MP
 
 
 def crop(pixels: Pixels, plan: CropPlan, rules: PixelRules) -> Pixels:
@@ -114,7 +94,7 @@ def crop(pixels: Pixels, plan: CropPlan, rules: PixelRules) -> Pixels:
 
 def thumbnail(pixels: Pixels) -> Pixels:
     """`pixels` [h, w, 3] as uint8 [8, 9, 3], read-only; nearly equal for copies of another size or compression."""
-    # Bilinear: means over whole pixels (BOX) would follow where the grid of pixels falls, up to 7 levels in small copies.
+    # Bilinear: means over whole pixels (BOX) follow where the grid of pixels falls, by up to 7 levels in small copies.
     return np.asarray(Image.fromarray(pixels).resize((9, 8), Image.Resampling.BILINEAR, reducing_gap=16))
 
 
@@ -123,6 +103,20 @@ def difference_hash(thumb: Pixels) -> int:
     luma = thumb.astype(np.int64) @ _LUMA
     bits = luma[:, 1:] > luma[:, :-1] + HASH_MARGIN * int(_LUMA.sum())
     return int.from_bytes(np.packbits(bits).tobytes(), "big")
+
+
+def _decode(data: bytes, rules: PixelRules, limits: PixelLimits) -> Image.Image:
+    with _open(data, limits) as image:
+        orientation = _orientation(image)
+        size_hw = _upright_hw(image, orientation)
+        _fix_transparency(image)
+        image.load()
+        rgb = _flatten(image, rules.background_rgb)
+    if orientation in _UPRIGHT:
+        rgb = rgb.transpose(_UPRIGHT[orientation])
+    if (rgb.height, rgb.width) != size_hw:
+        raise PictureError(f"its header says {size_hw[0]} x {size_hw[1]} px, it holds {rgb.height} x {rgb.width}")
+    return rgb
 
 
 def _open(data: bytes, limits: PixelLimits) -> ImageFile.ImageFile:
@@ -170,11 +164,12 @@ def _flatten(image: Image.Image, background_rgb: tuple[int, int, int]) -> Image.
     image = _eight_bits(image)
     grey = image.mode in ("1", "L", "LA", "La")
     if not image.has_transparency_data:
-        return _to_srgb(image if image.mode == "CMYK" else image.convert("L" if grey else "RGB"), icc)
-    image = image.convert("LA" if grey else "RGBA")
-    canvas = Image.new("RGB", image.size, background_rgb)
-    canvas.paste(_to_srgb(image.convert("L" if grey else "RGB"), icc), mask=image.getchannel("A"))
-    return canvas
+        return _to_srgb(image if image.mode in _PROFILE_SPACES else image.convert("L" if grey else "RGB"), icc)
+    if image.mode not in ("LA", "RGBA"):
+        image = image.convert("LA" if grey else "RGBA")
+    rgb = _to_srgb(image.convert("L" if grey else "RGB"), icc)
+    rgb.paste(background_rgb, mask=image.getchannel("A").point(range(255, -1, -1)))  # where alpha is not
+    return rgb
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
@@ -203,7 +198,7 @@ def _to_srgb(image: Image.Image, icc: object) -> Image.Image:
     """An L, RGB or CMYK picture as RGB, through its profile where that fits; a profile never fails a picture."""
     if isinstance(icc, bytes) and 0 < len(icc) <= MAX_PROFILE_BYTES and (transform := _transform(icc, image.mode)):
         return transform.apply(image)
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 @functools.lru_cache(maxsize=16)  # building a transform costs more than applying it to a small picture
@@ -228,6 +223,7 @@ def _changes_nothing(transform: ImageCms.ImageCmsTransform) -> bool:
     return int(np.abs(moved.astype(np.int16) - cube).max()) <= 1
 
 
+logging.getLogger("PIL").addHandler(logging.NullHandler())  # or its errors go to stderr; ours say the same
 _quiet_lock = threading.Lock()
 _quiet_filters = ExitStack()
 _quiet_users = 0

@@ -3,6 +3,7 @@
 0 complete   64 usage or config   65 data or format   73 locked   74 I/O or disk full   75 stopped, run it again
 """
 
+import os
 import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -30,6 +31,15 @@ def run_command(function: Callable[..., Any], arguments: list[str] | None = None
     except OSError as error:
         _fail(_explain_os_error(error))
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def yield_idle_threads() -> None:
+    """Let OpenMP threads that wait sleep; call it before torch is imported.
+
+    Two trainers on one machine's cores are the normal case here, and threads that spin for each other's cores slow
+    both by an order of magnitude. What they compute is the same.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def not_yet(name: str, instead: str) -> NoReturn:

@@ -5,6 +5,7 @@ says how to build this expert's inputs.
 """
 
 from collections.abc import Sequence
+from itertools import combinations
 from typing import Literal
 
 import torch
@@ -107,8 +108,8 @@ class ExpertCard(_Facts):
 
 def check_pair(cards: Sequence[ExpertCard]) -> None:
     """Require that experts can draw together over all timesteps; raises ContractError naming the field or the gap."""
-    for other in cards[1:]:
-        _check_same(cards[0], other)
+    for one, other in combinations(cards, 2):
+        _check_same(one, other)
     check_partition([card.facts.timesteps for card in cards], cards[0].contract.num_timesteps)
 
 

@@ -30,6 +30,7 @@ from shared.errors import ConfigError, ManifestMismatch
 MANIFEST_FORMAT = 1
 Split = Literal["train", "eval"]
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+_DIGEST = re.compile(r"[0-9a-f]{64}")
 _METADATA_KEY = b"sdxl-experts"
 
 _HW = pa.list_(pa.field("px", pa.int32(), nullable=False), 2)
@@ -55,6 +56,10 @@ SCHEMA = pa.schema(
         pa.field("split", pa.dictionary(pa.int8(), pa.string()), nullable=False),
     ]
 )
+
+
+class _ManifestAbsent(ManifestMismatch):
+    """A manifest that is not there, or not whole; building it again helps."""
 
 
 class ManifestSettings(BaseModel):
@@ -169,16 +174,17 @@ def seal_manifest(
 ) -> Manifest:
     """Write, sync and rename a manifest into place and make it NAME's current one; the same content is sealed once.
 
-    Raises ManifestMismatch where NAME holds other data sets and `replace` is not given, or where more than a tenth of
-    its rows would be lost and `allow_shrink` is not given.
+    What is there but damaged is made anew. Raises ManifestMismatch where NAME holds other data sets and `replace` is
+    not given, or where more than a tenth of its rows would be lost and `allow_shrink` is not given.
     """
     ordered = sorted(rows, key=ManifestRow.order)
     digest = manifest_digest(settings, ordered)
     folder = _folder(store, name)
-    if (folder / "current.json").exists():
-        _check_succession(open_manifest(store, name), settings, len(ordered), replace, allow_shrink)
+    current = _sound(store, name)
+    if current is not None:
+        _check_succession(current, settings, len(ordered), replace, allow_shrink)
     folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / f"{digest}.json").exists():
+    if _sound(store, name, digest) is None:
         _write(folder, digest, settings, ordered)
     write_atomically(folder / "current.json", (folder / f"{digest}.json").read_bytes())
     return open_manifest(store, name)
@@ -198,9 +204,9 @@ def open_manifest(store: Path, name: str, digest: str | None = None) -> Manifest
             batch = pa.ipc.open_file(mapped).get_batch(0)
         manifest = Manifest(name, path, batch)
     except (OSError, pa.ArrowException, ValidationError, KeyError, ValueError, TypeError) as error:
-        raise ManifestMismatch(f"manifest {path} is damaged: {str(error).splitlines()[0]}; build it again") from None
+        raise _ManifestAbsent(f"manifest {path} is damaged: {str(error).splitlines()[0]}; build it again") from None
     if manifest.digest != seal["digest"]:
-        raise ManifestMismatch(f"manifest {path} is not the one its seal names")
+        raise _ManifestAbsent(f"manifest {path} is not the one its seal names")
     return manifest
 
 
@@ -218,6 +224,14 @@ def manifest_digest(settings: ManifestSettings, ordered: Iterable[ManifestRow]) 
         fields = [row.dataset, row.sample_id, row.path, row.image_digest, row.original_hw, row.bucket_hw]
         digest.update(msgpack.packb([*fields, variants, row.text_keys, row.split], use_bin_type=True))
     return digest.hexdigest()
+
+
+def _sound(store: Path, name: str, digest: str | None = None) -> Manifest | None:
+    """The manifest, or None where it is absent or damaged: it is then made anew."""
+    try:
+        return open_manifest(store, name, digest)
+    except _ManifestAbsent:
+        return None
 
 
 def _check_succession(old: Manifest, settings: ManifestSettings, count: int, replace: bool, allow_shrink: bool) -> None:
@@ -299,20 +313,22 @@ def _folder(store: Path, name: str) -> Path:
 
 
 def _read_seal(folder: Path, digest: str | None) -> dict[str, Any]:
+    if digest is not None and not _DIGEST.fullmatch(digest):
+        raise _ManifestAbsent(f"{digest!r} is no digest of a manifest")
     path = folder / (f"{digest}.json" if digest else "current.json")
     try:
         seal = json.loads(path.read_text())
         version, _, _ = seal["format"], seal["digest"], seal["bytes"]
     except FileNotFoundError:
-        raise ManifestMismatch(_absent(folder, digest)) from None
+        raise _ManifestAbsent(_absent(folder, digest)) from None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ManifestMismatch(f"{path} is damaged: {error}; build it again") from None
+        raise _ManifestAbsent(f"{path} is damaged: {error}; build it again") from None
     if version != MANIFEST_FORMAT:
         raise ManifestMismatch(
             f"{path} is of manifest format {version}; this program reads {MANIFEST_FORMAT}: update it"
         )
-    if not re.fullmatch(r"[0-9a-f]{64}", str(seal["digest"])):
-        raise ManifestMismatch(f"{path} is damaged: no digest; build it again")
+    if not _DIGEST.fullmatch(str(seal["digest"])) or digest not in (None, seal["digest"]):
+        raise _ManifestAbsent(f"{path} is damaged: it names another digest; build it again")
     return dict(seal)
 
 
@@ -328,4 +344,4 @@ def _absent(folder: Path, digest: str | None) -> str:
 
 def _check_bytes(path: Path, data: pa.Buffer, seal: dict[str, Any]) -> None:
     if len(data) != seal["bytes"] or xxhash.xxh3_128(data).hexdigest() != seal["xxh3_128"]:
-        raise ManifestMismatch(f"manifest {path} is damaged (checksum); build it again")
+        raise _ManifestAbsent(f"manifest {path} is damaged (checksum); build it again")

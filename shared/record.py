@@ -15,7 +15,7 @@ Integers little-endian. Version history: 1 (2026), the first. A reader refuses v
 
 import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,7 +70,7 @@ def decode_record(key: bytes, data: bytes | memoryview) -> Record:
     payload_at = _HEADER_AT + header_length
     header = _unpack_header(key, view[_HEADER_AT:payload_at])
     try:
-        tensors = dict(_tensor(view[payload_at:], payload_length, *row) for row in header["tensors"])
+        tensors = _unique([_tensor(view[payload_at:], payload_length, *row) for row in header["tensors"]])
         return Record(str(header["kind"]), tensors, dict(header["meta"]))
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise _corrupt(key, f"its header does not describe its payload ({error})") from None
@@ -82,6 +82,8 @@ def _verify_frame(key: bytes, view: memoryview) -> tuple[int, int]:
     magic, version, _, header_length, payload_length, stored_key = _PREFIX.unpack_from(view)
     if magic != MAGIC:
         raise _corrupt(key, "no record at all (wrong magic)")
+    if _HEADER_AT + header_length + payload_length != len(view):  # before the checksum reads on, perhaps past the file
+        raise _corrupt(key, "not as long as it says")
     checksum = xxhash.xxh3_128(view[: _PREFIX.size])
     checksum.update(view[_HEADER_AT:])
     if checksum.digest() != view[_PREFIX.size : _HEADER_AT]:
@@ -90,13 +92,13 @@ def _verify_frame(key: bytes, view: memoryview) -> tuple[int, int]:
         raise _corrupt(key, f"of frame version {version}; this program reads version {FRAME_VERSION}: update it")
     if stored_key != key:
         raise _corrupt(key, f"the record of another key, {stored_key.hex()}")
-    if _HEADER_AT + header_length + payload_length != len(view):
-        raise _corrupt(key, "not as long as it says")
     return header_length, payload_length
 
 
 def _unpack_header(key: bytes, header: memoryview) -> dict[str, Any]:
-    unpacker = msgpack.Unpacker(raw=False, strict_map_key=True, ext_hook=_refuse_ext, max_ext_len=0, **_LIMITS)
+    unpacker = msgpack.Unpacker(
+        raw=False, strict_map_key=True, object_pairs_hook=_unique, ext_hook=_refuse_ext, max_ext_len=0, **_LIMITS
+    )
     unpacker.feed(header)
     try:
         unpacked = unpacker.unpack()
@@ -110,12 +112,23 @@ def _unpack_header(key: bytes, header: memoryview) -> dict[str, Any]:
 def _tensor(
     payload: memoryview, payload_length: int, name: str, dtype: str, shape: list[int], offset: int
 ) -> tuple[str, Array]:
+    if type(name) is not str or type(shape) is not list:
+        raise TypeError(f"name {name!r}, shape {shape!r}")
     if not all(type(n) is int and n >= 0 for n in (*shape, offset)):
         raise ValueError(f"shape {shape} at {offset}")
     count = math.prod(shape)
     if offset + count * _DTYPES[dtype].itemsize > payload_length:
         raise ValueError(f"tensor {name} runs past the end")
     return name, np.frombuffer(payload, _DTYPES[dtype], count, offset).reshape(shape)
+
+
+def _unique(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    unique: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in unique:
+            raise ValueError(f"{name!r} twice")
+        unique[name] = value
+    return unique
 
 
 def _refuse_ext(code: int, data: bytes) -> Any:

@@ -12,7 +12,8 @@ class RunLog:
 
     def __init__(self, path: Path) -> None:
         needs_newline = path.exists() and not path.read_bytes().endswith(b"\n") and path.stat().st_size > 0
-        self._file = path.open("a", encoding="utf-8")
+        # A file name that is not UTF-8 holds lone surrogates; written as \udcff they are JSON again.
+        self._file = path.open("a", encoding="utf-8", errors="backslashreplace")
         if needs_newline:  # a line torn by a kill must not swallow the first one of this process
             self._file.write("\n")
 

@@ -10,13 +10,11 @@ A live store is append-only, commits are synchronous, and "stored" is said only 
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
+import resource
 import shutil
-import socket
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -32,9 +30,9 @@ from shared.errors import (
     StoreFormat,
     StoreFull,
     StoreIO,
-    StoreLocked,
     StoreMissing,
 )
+from shared.lease import Lease
 from shared.preflight import check_data_file
 from shared.record import Array, Record, decode_record
 
@@ -63,8 +61,8 @@ class Snapshot:
     def copy_into(self, key: bytes, targets: Mapping[str, Array]) -> Mapping[str, Any]:
         """Verify the record of `key`, copy its tensors straight from the map into `targets`, return its meta.
 
-        Targets are C-contiguous arrays of the tensors' dtypes and shapes; raises RecordCorrupt where they are not,
-        or the record is absent or damaged; targets may then be partly written.
+        Targets are C-contiguous arrays of the tensors' dtypes and shapes; raises RecordCorrupt where the record has
+        other tensors, or is absent or damaged; targets may then be partly written.
         """
         record = decode_record(key, self._view(key))
         for name, target in targets.items():
@@ -74,6 +72,8 @@ class Snapshot:
                 raise RecordCorrupt(
                     f"record {key.hex()}: tensor {name!r} is {found}, not {target.dtype} {target.shape}"
                 )
+            if not target.flags.c_contiguous:
+                raise ValueError(f"target of tensor {name!r} is not C-contiguous")  # reshape would write into a copy
             # As bytes: copies through half-precision views run at half the rate.
             np.copyto(target.reshape(-1).view(np.uint8), source.reshape(-1).view(np.uint8))
         return record.meta
@@ -144,7 +144,7 @@ class _Environment:
                     map_async=False,
                     lock=True,
                 )
-            except MemoryError:
+            except lmdb.MemoryError:
                 size //= 2
                 if size < MIN_MAP_SIZE_BYTES:
                     raise StoreError(f"{self.path}: no address space to map the store (ulimit -v?)") from None
@@ -177,7 +177,7 @@ class StoreWriter(_Environment):
         _refuse_foreign_folder(path)
         path.mkdir(parents=True, exist_ok=True)
         super().__init__(path)
-        self._lease = _Lease(path / "writer.lock", wait)
+        self._lease = Lease(path / "writer.lock", f"store {path} is being written", wait=wait)
         try:
             self._prepare()
         except BaseException:
@@ -190,10 +190,21 @@ class StoreWriter(_Environment):
         Raises StoreFull or StoreIO; then nothing of this batch is stored and everything before it is.
         """
         self._check_space(sum(len(value) for _, value in records))
+        return self._commit(lambda transaction: sum(transaction.put(*record, overwrite=False) for record in records))
+
+    def delete_many(self, keys: Sequence[bytes]) -> int:
+        """Delete the records of `keys`, durably, and return how many there were: quarantine and garbage collection.
+
+        Nothing else deletes, and no transaction both puts and deletes (see _extend_file).
+        """
+        self._extend_file()
+        return self._commit(lambda transaction: sum(transaction.delete(key) for key in keys))
+
+    def _commit(self, work: Callable[[Any], int]) -> int:
         while True:
             try:
                 with _translated(self.path), self._opened().begin(write=True) as transaction:
-                    return sum(transaction.put(key, value, overwrite=False) for key, value in records)
+                    return work(transaction)
             except lmdb.MapFullError:
                 self._grow_map()
             except (StoreFull, StoreIO):
@@ -236,42 +247,28 @@ class StoreWriter(_Environment):
                 "again, what is stored stays stored"
             )
 
+    def _extend_file(self) -> None:
+        """Make data.mdb longer than any deletion can say it is, with a hole that takes no space.
+
+        A deletion may use pages at the end, give them up unwritten and still count them: the next pre-flight would
+        take the file for one that was cut short.
+        """
+        with _translated(self.path):
+            env = self._opened()
+            info, stat = env.info(), env.stat()
+            tree = stat["branch_pages"] + stat["leaf_pages"]
+            pages = info["last_pgno"] + 1 + 2 * tree + stat["overflow_pages"] // 64 + 1024
+            data = self.path / "data.mdb"
+            if data.stat().st_size < pages * stat["psize"]:
+                os.truncate(data, pages * stat["psize"])
+
     def _grow_map(self) -> None:
         with _translated(self.path):
             env = self._opened()
             try:
                 env.set_mapsize(env.info()["map_size"] * 2)
-            except MemoryError:
+            except lmdb.MemoryError:
                 raise StoreFull(f"{self.path}: no address space to grow the map (ulimit -v?)") from None
-
-
-class _Lease:
-    """An flock on a file that says who holds it; the kernel gives it back when its holder dies, however it dies."""
-
-    def __init__(self, path: Path, wait: bool) -> None:
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        while not self._try():
-            if not wait:
-                holder = os.pread(self._fd, 4096, 0).decode(errors="replace").strip()
-                os.close(self._fd)
-                raise StoreLocked(
-                    f"{path.parent} is being written by {holder or 'another process'}; wait for it (--wait)"
-                )
-            time.sleep(0.2)
-        os.ftruncate(self._fd, 0)
-        os.pwrite(self._fd, f"pid {os.getpid()} on {socket.gethostname()} since {time.ctime()}\n".encode(), 0)
-
-    def _try(self) -> bool:
-        try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        return True
-
-    def release(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
 
 
 class _translated(contextlib.AbstractContextManager[None]):
@@ -286,7 +283,8 @@ class _translated(contextlib.AbstractContextManager[None]):
         if not isinstance(error, lmdb.Error) or isinstance(error, lmdb.MapFullError):
             return
         code = getattr(error, "code", 0)
-        if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        full = code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        if full or (code == errno.EIO and _is_out_of_room(self.path)):
             raise StoreFull(f"{self.path}: no space left; free some and run the same command again") from error
         if code == errno.EIO:
             raise StoreIO(f"{self.path}: the disk failed ({error}); check it before writing again") from error
@@ -307,6 +305,15 @@ def free_bytes(path: Path) -> int:
     return max(0, shutil.disk_usage(path).free - FREE_MARGIN_BYTES)
 
 
+def _is_out_of_room(path: Path) -> bool:
+    """Whether an EIO means a full disk: LMDB calls a write cut short that, and so a disk or a file limit fills up."""
+    room = shutil.disk_usage(path).free
+    limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if limit != resource.RLIM_INFINITY:
+        room = min(room, limit - (path / "data.mdb").stat().st_size)
+    return room < FREE_MARGIN_BYTES
+
+
 def _check_format(path: Path) -> None:
     try:
         version = json.loads((path / "store.json").read_text())["format"]
@@ -320,5 +327,6 @@ def _refuse_foreign_folder(path: Path) -> None:
     if path.exists() and not path.is_dir():
         raise StoreFormat(f"{path} is a file, not a store")
     foreign = sorted(set(os.listdir(path)) - _OWN_NAMES) if path.exists() else []
+    foreign = [name for name in foreign if not name.startswith(".store.json.")]  # left by a kill while it was written
     if foreign and not (path / "store.json").exists():
         raise StoreFormat(f"{path} is not a store and not empty (it holds {foreign[0]!r}): name a new folder")

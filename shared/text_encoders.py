@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from shared.conditioning import TEXT_LENGTH
 from shared.errors import DataError
-from shared.weights import bytes_digest, find_weights, weights_digest, weights_variant
+from shared.weights import bytes_digest, find_weights, read_component_config, weights_digest, weights_variant
 
 if TYPE_CHECKING:
     import torch
@@ -49,7 +49,7 @@ def read_text_facts(model: Path) -> TextFacts:
     """Facts of MODEL's encoders and tokenizers, without loading them; raises DataError where one is missing."""
     digests = {name: weights_digest(_folder(model, name), _SETTINGS, "text_model.") for name in _TOWERS}
     digests |= {name: tokenizer_digest(_folder(model, name)) for name in _TOKENIZERS}
-    first, second = (json.loads((model / name / "config.json").read_text()) for name in _TOWERS)
+    first, second = (read_component_config(model / name) for name in _TOWERS)
     return TextFacts(digests, (int(first["hidden_size"]), int(second["hidden_size"])), int(second["projection_dim"]))
 
 

@@ -1,12 +1,11 @@
 """The only door to diffusers' AutoencoderKL: pictures to moments, latents to pictures, and which VAE it is."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from shared.errors import ConfigError, DataError
-from shared.weights import find_weights, weights_digest, weights_variant
+from shared.weights import find_weights, read_component_config, weights_digest, weights_variant
 
 if TYPE_CHECKING:
     import torch
@@ -45,7 +44,7 @@ def read_vae_facts(model: Path) -> VaeFacts:
     """Facts of MODEL/vae, without loading it; raises DataError where it is not an SDXL-like AutoencoderKL."""
     folder = model / "vae"
     find_weights(folder)
-    config = json.loads((folder / "config.json").read_text())
+    config = read_component_config(folder)
     if config.get("_class_name") != "AutoencoderKL":
         raise DataError(f"{folder} is a {config.get('_class_name')}; this program encodes with an AutoencoderKL")
     if any(config.get(key) is not None for key in ("shift_factor", "latents_mean", "latents_std")):
@@ -85,7 +84,12 @@ class Vae:
         self.dtype = getattr(torch, dtype)
         self.device = torch.device(device)
         variant = weights_variant(folder)
-        self._vae: Any = AutoencoderKL.from_pretrained(folder, use_safetensors=True, variant=variant, dtype=self.dtype)
+        vae, report = AutoencoderKL.from_pretrained(
+            folder, use_safetensors=True, variant=variant, dtype=self.dtype, output_loading_info=True
+        )
+        if report["missing_keys"]:
+            raise DataError(f"{folder} lacks weights of {sorted(report['missing_keys'])[0]}: the folder is incomplete")
+        self._vae: Any = vae
         self._vae.to(self.device).eval().requires_grad_(False)
         self.scaling_factor = float(self._vae.config.scaling_factor)
 
@@ -96,8 +100,8 @@ class Vae:
         from shared.latents import LatentMoments
 
         with torch.inference_mode():
-            x = pixels.to(self.device).permute(0, 3, 1, 2).to(self.dtype) / 127.5 - 1
-            distribution = self._vae.encode(x).latent_dist
+            x = pixels.to(self.device).permute(0, 3, 1, 2).float() / 127.5 - 1  # half precision blurs mid-grey
+            distribution = self._vae.encode(x.to(self.dtype)).latent_dist
             return LatentMoments(distribution.mean.float(), distribution.logvar.float())
 
     def decode(self, latents: "Tensor") -> "Tensor":

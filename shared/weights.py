@@ -21,22 +21,26 @@ def find_weights(folder: Path) -> list[Path]:
     """The safetensors files that from_pretrained would load from a component's folder; raises DataError if none."""
     if not folder.is_dir():
         raise DataError(f"{folder.parent} has no folder {folder.name}/: --model wants a model in diffusers layout")
-    indexes = sorted(folder.glob("*.safetensors.index.json"))
-    plain = [index for index in indexes if index.name.count(".") == 3]
-    if plain:
-        shards = set(json.loads(plain[0].read_text())["weight_map"].values())
-        return [folder / Path(shard).name for shard in sorted(shards)]
+    indexes = sorted(folder.glob("*.safetensors.index*.json"))
     files = sorted(folder.glob("*.safetensors"))
-    files = [file for file in files if file.name.count(".") == 1] or files[:1]
+    plain_indexes = [index for index in indexes if index.name.count(".") == 3]
+    plain_files = [file for file in files if file.name.count(".") == 1]
+    for index in plain_indexes or ([] if plain_files else indexes):
+        return _shards(index)
     if files:
-        return files[:1]
+        return (plain_files or files)[:1]
     raise DataError(_no_weights(folder))
 
 
 def weights_variant(folder: Path) -> str | None:
     """The variant ("fp16") under which a folder holds its weights where it holds no plain ones."""
     middle = find_weights(folder)[0].name.removesuffix(".safetensors").split(".")[1:]
-    return middle[0] if middle else None
+    return middle[0].partition("-")[0] if middle else None
+
+
+def read_component_config(folder: Path) -> dict[str, Any]:
+    """The config.json of a component's folder; raises DataError where there is none."""
+    return _read_json(folder / "config.json")
 
 
 def weights_digest(folder: Path, config_keys: Mapping[str, Any], strip_prefix: str = "") -> str:
@@ -45,7 +49,7 @@ def weights_digest(folder: Path, config_keys: Mapping[str, Any], strip_prefix: s
     Tensors count by name, dtype, shape and bytes, so re-sharded files are the same model; `strip_prefix` removes what
     some versions of a library put before every name. Files, paths and times do not count.
     """
-    config = json.loads((folder / "config.json").read_text())
+    config = read_component_config(folder)
     digest = hashlib.blake2b(digest_size=32)
     settings = {key: config.get(key, default) for key, default in sorted(config_keys.items())}
     digest.update(json.dumps(settings, sort_keys=True).encode())
@@ -62,6 +66,23 @@ def bytes_digest(parts: Iterable[bytes]) -> str:
         digest.update(struct.pack("<Q", len(part)))
         digest.update(part)
     return digest.hexdigest()
+
+
+def _shards(index: Path) -> list[Path]:
+    weight_map = _read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise DataError(f"{index} names no files of weights")
+    return [index.with_name(Path(str(shard)).name) for shard in sorted(set(weight_map.values()), key=str)]
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{path} cannot be read: {error}") from None
+    if not isinstance(content, dict):
+        raise DataError(f"{path} cannot be read: no JSON object")
+    return content
 
 
 def _tensors(files: list[Path], strip_prefix: str) -> Iterable[tuple[str, dict[str, Any], memoryview]]:
@@ -87,9 +108,15 @@ def _read_header(file: Path) -> list[tuple[str, dict[str, Any], int]]:
             if length > _MAX_HEADER_BYTES:
                 raise ValueError("header too long")
             header = json.loads(handle.read(length))
-            return [(name, entry, 8 + length) for name, entry in header.items() if name != "__metadata__"]
-    except (OSError, ValueError, struct.error, AttributeError) as error:
-        raise DataError(f"{file} is not a safetensors file: {error}") from None
+            data_bytes = handle.seek(0, 2) - 8 - length
+        entries = [(name, entry) for name, entry in header.items() if name != "__metadata__"]
+        for name, entry in entries:
+            begin, end = entry["data_offsets"]
+            if not (0 <= begin <= end <= data_bytes and {"dtype", "shape"} <= entry.keys()):
+                raise ValueError(f"tensor {name!r} is not whole")
+        return [(name, entry, 8 + length) for name, entry in entries]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error, RecursionError) as error:
+        raise DataError(f"{file} is not a whole safetensors file: {error}") from None
 
 
 def _no_weights(folder: Path) -> str:

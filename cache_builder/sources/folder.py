@@ -10,7 +10,7 @@ import stat
 from collections import Counter
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from cache_builder.captions import MAX_CAPTION_BYTES, CaptionRules, parse_caption
 from cache_builder.pixels import EXTENSIONS
@@ -70,7 +70,7 @@ class FolderSource:
                 self.passed_over[_tally_key(entry)] += 1
 
     def _sidecar_name(self, name: str, by_name: dict[str, os.DirEntry[str]]) -> str | None:
-        stem = PurePosixPath(name).stem
+        stem = os.path.splitext(name)[0]
         return next((stem + ext for ext in self._caption_rules.extensions if stem + ext in by_name), None)
 
     def _picture(self, entry: os.DirEntry[str], path: str, sidecar: os.DirEntry[str] | None) -> Found | Skipped:
@@ -125,13 +125,13 @@ def _kind(entry: os.DirEntry[str]) -> str:
 
 
 def _is_picture(name: str) -> bool:
-    return not name.startswith(".") and PurePosixPath(name).suffix.lower() in EXTENSIONS
+    return not name.startswith(".") and os.path.splitext(name)[1].lower() in EXTENSIONS
 
 
 def _tally_key(entry: os.DirEntry[str]) -> str:
     if _kind(entry) == "symlink":
         return "(symlink)"
-    return _printable(PurePosixPath(entry.name).suffix.lower()) or "(no suffix)"
+    return _printable(os.path.splitext(entry.name)[1].lower()) or "(no suffix)"
 
 
 def _printable(name: str) -> str:

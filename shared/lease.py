@@ -1,0 +1,42 @@
+"""One process at a time: an flock on a file that names its holder; the kernel gives it back however that one dies."""
+
+import contextlib
+import fcntl
+import os
+import socket
+import time
+from pathlib import Path
+
+from shared.errors import StoreLocked
+
+POLL_S = 0.2
+
+
+class Lease:
+    """Held from construction until `release`; not inherited by child processes."""
+
+    def __init__(self, path: Path, what: str, *, wait: bool = False) -> None:
+        """Raises StoreLocked "`what` by pid ..." while another process holds it, unless `wait`."""
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        while not self._try():
+            if not wait:
+                holder = os.pread(self._fd, 4096, 0).decode(errors="replace").strip()
+                os.close(self._fd)
+                raise StoreLocked(f"{what} by {holder or 'another process'}; wait until it is done (--wait)")
+            time.sleep(POLL_S)
+        with contextlib.suppress(OSError):  # on a full disk the lease holds all the same, though it names nobody
+            os.ftruncate(self._fd, 0)
+            os.pwrite(self._fd, f"pid {os.getpid()} on {socket.gethostname()} since {time.ctime()}\n".encode(), 0)
+
+    def release(self) -> None:
+        """Give the lease back."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def _try(self) -> bool:
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True

@@ -1,0 +1,213 @@
+"""An expert on disk: written beside, synced, renamed; every file hashed; no pickle.
+
+RUN/checkpoints/step-00001000/
+    unet/, ema/              diffusers folders (ema/ only where an average is kept)
+    optimizer.safetensors    AdamW's state, in the newest two checkpoints
+    state.json               step and counters
+    expert.json              PairContract and ExpertFacts
+    checksums.json           size and sha256 of each of these files
+RUN/checkpoints/latest.json  the newest, replaced last
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from torch import Tensor
+
+from shared.atomic import sync_file, sync_folder, write_atomically
+from shared.contract import ExpertCard
+from shared.errors import CheckpointError, StoreIO
+
+CHECKPOINT_FORMAT = 1
+WITH_OPTIMIZER = 2  # newest checkpoints that keep the optimizer's state
+OPTIMIZER_FILE = "optimizer.safetensors"
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """Everything of a run that is neither weights nor a function of (seed, what, where)."""
+
+    step: int  # optimizer steps done
+    epoch: int  # of the last micro-batch trained on
+    ema_updates: int
+    skipped: int  # optimizer steps skipped because gradients were not finite
+    threads: int  # sums are taken in another order with another number
+    torch: str
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A verified checkpoint."""
+
+    path: Path
+    card: ExpertCard
+    state: TrainingState
+
+    def optimizer_tensors(self) -> dict[str, Tensor]:
+        """AdamW's state; raises CheckpointError where this checkpoint keeps none."""
+        return read_tensors(self.path / OPTIMIZER_FILE)
+
+    def weights_folder(self) -> Path:
+        """The folder of the weights to draw with: averaged where they are kept."""
+        return self.path / ("ema" if (self.path / "ema").is_dir() else "unet")
+
+
+def save_checkpoint(
+    run: Path,
+    state: TrainingState,
+    card: ExpertCard,
+    unet_config: Mapping[str, Any],
+    weights: Mapping[str, Mapping[str, Tensor]],
+    optimizer: Mapping[str, Tensor],
+    keep: int,
+) -> Path:
+    """Save and return checkpoints/step-N; `weights` are named tensors by folder ("unet", "ema").
+
+    A checkpoint is whole under its name or not there; the previous ones are touched only after it is.
+    """
+    parent = run / "checkpoints"
+    parent.mkdir(exist_ok=True)
+    _remove_leftovers(parent)
+    temporary, final = parent / f".saving-{state.step}", parent / f"step-{state.step:08d}"
+    temporary.mkdir()
+    for folder, tensors in weights.items():
+        (temporary / folder).mkdir()
+        _write_json(temporary / folder / "config.json", dict(unet_config))
+        _write_tensors(temporary / folder / "diffusion_pytorch_model.safetensors", tensors)
+    _write_tensors(temporary / OPTIMIZER_FILE, optimizer)
+    _write_json(temporary / "state.json", {"format": CHECKPOINT_FORMAT, **state.__dict__})
+    _write_json(temporary / "expert.json", card.model_dump(mode="json"))
+    _write_json(temporary / "checksums.json", {str(p.relative_to(temporary)): _sum(p) for p in _files(temporary)})
+    for folder_path in (*(temporary / folder for folder in weights), temporary):
+        sync_folder(folder_path)
+    if final.exists():  # left by a run that was rewound to an older step because this one did not verify
+        shutil.rmtree(final)
+    os.rename(temporary, final)
+    sync_folder(parent)
+    latest = {"step": state.step, "path": final.name}
+    write_atomically(parent / "latest.json", json.dumps(latest).encode() + b"\n")
+    _rotate(parent, keep)
+    return final
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """The checkpoint at `path`, every file checked against its sum; raises CheckpointError naming what is wrong."""
+    try:
+        sums = json.loads((path / "checksums.json").read_text())
+        for name, expected in sums.items():
+            if _sum(path / _inside(name)) != expected:
+                raise CheckpointError(f"{path / name} is damaged: it is not what was saved")
+        state = json.loads((path / "state.json").read_text())
+        if state.pop("format") != CHECKPOINT_FORMAT:
+            raise CheckpointError(f"{path} is of a checkpoint format that this program does not read: update it")
+        card = ExpertCard.model_validate_json((path / "expert.json").read_text())
+        for needed in ("state.json", "expert.json", "unet/diffusion_pytorch_model.safetensors", "unet/config.json"):
+            if needed not in sums:
+                raise CheckpointError(f"{path} has no checksum of {needed}")
+        return Checkpoint(path, card, TrainingState(**state))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ValidationError) as error:
+        raise CheckpointError(f"checkpoint {path} is damaged or incomplete: {str(error).splitlines()[0]}") from None
+
+
+def list_checkpoints(run: Path) -> list[Path]:
+    """Checkpoints of a run by name, newest first; not verified."""
+    return sorted((run / "checkpoints").glob("step-*"), reverse=True)
+
+
+def newest_checkpoint(run: Path, on_bad: Callable[[str], None]) -> Checkpoint | None:
+    """The newest that verifies; each newer one that does not is told to `on_bad`. None where there is none at all.
+
+    Raises CheckpointError where there are checkpoints and none of them verifies.
+    """
+    paths = list_checkpoints(run)
+    for path in paths:
+        try:
+            return open_checkpoint(path)
+        except CheckpointError as error:
+            on_bad(str(error))
+    if paths:
+        raise CheckpointError(f"no checkpoint of {run} verifies; start again with a new --output")
+    return None
+
+
+def resumable_checkpoint(run: Path, on_bad: Callable[[str], None]) -> Checkpoint | None:
+    """The newest checkpoint that verifies and keeps its optimizer's state."""
+    checkpoint = newest_checkpoint(run, on_bad)
+    if checkpoint is not None and OPTIMIZER_FILE not in json.loads((checkpoint.path / "checksums.json").read_text()):
+        raise CheckpointError(f"{checkpoint.path} no longer keeps its optimizer state and newer ones do not verify")
+    return checkpoint
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Tensors of a safetensors file on the CPU; raises CheckpointError where it cannot be read."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        tensors: dict[str, Tensor] = load_file(path)
+        return tensors
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from None
+
+
+def _rotate(parent: Path, keep: int) -> None:
+    paths = list_checkpoints(parent.parent)
+    for path in paths[keep:]:
+        gone = parent / f".removing-{path.name}"
+        os.rename(path, gone)  # so that nobody meets a half-removed checkpoint under its name
+        shutil.rmtree(gone)
+    for path in paths[WITH_OPTIMIZER:keep]:
+        sums = json.loads((path / "checksums.json").read_text())
+        if sums.pop(OPTIMIZER_FILE, None) is not None:
+            write_atomically(path / "checksums.json", json.dumps(sums, indent=1).encode())
+            (path / OPTIMIZER_FILE).unlink(missing_ok=True)
+
+
+def _remove_leftovers(parent: Path) -> None:
+    for left in (*parent.glob(".saving-*"), *parent.glob(".removing-*")):
+        shutil.rmtree(left)
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    sync_file(path)
+
+
+def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path, {"format": "pt"})
+    except SafetensorError as error:  # how safetensors reports a full disk
+        raise StoreIO(f"{path} cannot be written: {error}; the checkpoints before it are whole") from None
+    os.chmod(path, 0o666 & ~_umask())  # safetensors makes it readable to its owner alone, whatever the umask says
+    sync_file(path)
+
+
+def _umask() -> int:
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def _sum(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def _inside(name: str) -> str:
+    if name.startswith("/") or ".." in Path(name).parts:
+        raise CheckpointError(f"checksums.json names a file outside its checkpoint: {name}")
+    return name

@@ -1,0 +1,113 @@
+"""Doors of this tower: parse, load, call one function, one line on an error. Nothing heavy is imported for --help."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from shared.command import not_yet, run_command, yield_idle_threads
+
+Configs = Annotated[list[Path] | None, typer.Option("--config", help="TOML file; several are layered, later ones win.")]
+Sets = Annotated[list[str] | None, typer.Option("--set", help="One setting, e.g. optimizer.learning_rate=1e-6.")]
+StorePath = Annotated[Path, typer.Option("--store", help="Store that cache-build made.")]
+Name = Annotated[str, typer.Option("--manifest", help="Manifest to begin on; a run that goes on keeps its own.")]
+Model = Annotated[str, typer.Option("--model", help="SDXL-layout model: a diffusers folder or a Hub id.")]
+Output = Annotated[Path, typer.Option("--output", help="Run folder; the same command goes on with what is in it.")]
+Device = Annotated[str, typer.Option(help="auto, cuda, mps or cpu.")]
+Move = Annotated[str | None, typer.Option(help="Go on with the newest manifest of this name, in a new epoch.")]
+
+Experts = Annotated[list[Path], typer.Option("--expert", help="Run folder or checkpoint of an expert; give both.")]
+Prompts = Annotated[list[str], typer.Option("--prompt", help="What to draw; several are drawn one after another.")]
+Out = Annotated[Path, typer.Option("--out", help="Folder for the pictures.")]
+Steps = Annotated[int, typer.Option(min=1, max=1000, help="Steps of the scheduler.")]
+Guidance = Annotated[float, typer.Option(min=0, help="Weight of the prompt; 1 or less draws without guidance.")]
+Rescale = Annotated[float | None, typer.Option(min=0, max=1, help="0.7 with zero-terminal SNR, 0 without.")]
+Scheduler = Annotated[str, typer.Option(help="unipc, dpm++, euler, euler-a or ddim.")]
+Seed = Annotated[int, typer.Option(help="Seed of the first picture; each next one counts up.")]
+Negative = Annotated[str | None, typer.Option(help="What not to draw; the null prompt where it is not given.")]
+Size = Annotated[int | None, typer.Option(min=64, help="Pixels; the UNet's own size by default.")]
+Count = Annotated[int, typer.Option(min=1, help="Pictures of each prompt.")]
+
+
+def _train_expert(
+    store: StorePath,
+    model: Model,
+    output: Output,
+    config: Configs = None,
+    manifest: Name = "main",
+    sets: Sets = None,
+    device: Device = "auto",
+    move_to_manifest: Move = None,
+) -> None:
+    """Train one expert from a store; run it twice at once, with base.toml and with refiner.toml."""
+    from shared.config import load_config
+    from shared.model_folder import resolve_model
+    from trainer.config import ExpertConfig
+
+    settings = load_config(ExpertConfig, config or [], sets or [])
+    model_folder = resolve_model(model, ("unet",))
+    from trainer.loop import train_expert as train
+    from trainer.run import Request
+
+    steps = train(Request(settings, store, manifest, model_folder, output, device, move_to_manifest))
+    typer.echo(f"expert {settings.name} is trained: {steps} steps, in {output}")
+
+
+def _generate_images(
+    expert: Experts,
+    model: Model,
+    prompt: Prompts,
+    out: Out,
+    steps: Steps = 40,
+    guidance: Guidance = 9.2,
+    guidance_rescale: Rescale = None,
+    scheduler: Scheduler = "unipc",
+    seed: Seed = 0,
+    count: Count = 1,
+    negative_prompt: Negative = None,
+    width: Size = None,
+    height: Size = None,
+    device: Device = "auto",
+) -> None:
+    """Draw with a pair of experts: each step is made by the expert whose range its timestep lies in."""
+    from shared.model_folder import resolve_model
+    from trainer.ensemble import DrawSettings
+    from trainer.generate import generate
+
+    settings = DrawSettings(steps, guidance, guidance_rescale, scheduler)
+    parts = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+    for path in generate(
+        expert,
+        resolve_model(model, parts),
+        prompt,
+        negative_prompt,
+        out,
+        settings,
+        seed,
+        count,
+        (height, width),
+        device,
+    ):
+        typer.echo(str(path))
+
+
+def train_expert() -> None:
+    """Console script `train-expert`."""
+    yield_idle_threads()
+    run_command(_train_expert)
+
+
+def generate_images() -> None:
+    """Console script `generate-images`."""
+    yield_idle_threads()
+    run_command(_generate_images)
+
+
+def evaluate_experts() -> None:
+    """Console script `evaluate-experts`."""
+    not_yet("evaluate-experts", "RUN/events.jsonl and TensorBoard show the losses, generate-images the pictures")
+
+
+def bundle_experts() -> None:
+    """Console script `bundle-experts`."""
+    not_yet("bundle-experts", "the newest checkpoint's unet/ and ema/ load in diffusers as they are")

@@ -1,0 +1,169 @@
+"""What one expert is told: configs/expert.toml holds what a pair shares, base.toml and refiner.toml name and range."""
+
+from typing import Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from shared.config import Config
+from shared.contract import NullPrompt, Spacing
+from shared.errors import ConfigError
+from shared.schedule import PredictionType, TimestepRange, check_objective
+
+
+class RangeConfig(Config):
+    """The half-open range of timesteps that the expert answers for."""
+
+    low: int = Field(ge=0)
+    """First timestep of the range, 0 = clean."""
+    high: int = Field(gt=0)
+    """First timestep beyond the range."""
+
+
+class ScheduleConfig(Config):
+    """The noise schedule and what is predicted; equal in a pair. SDXL's betas by default."""
+
+    num_timesteps: int = Field(1000, gt=1)
+    """T, timesteps of the schedule."""
+    beta_schedule: Literal["scaled_linear", "linear"] = "scaled_linear"
+    """How betas run from first to last."""
+    beta_start: float = Field(0.00085, gt=0, lt=1)
+    """First beta."""
+    beta_end: float = Field(0.012, gt=0, lt=1)
+    """Last beta."""
+    zero_terminal_snr: bool = False
+    """Rescale the betas so that nothing of the picture is left at the last timestep."""
+    prediction_type: PredictionType = "epsilon"
+    """What the UNet gives."""
+    timestep_spacing: Spacing = "leading"
+    """How a scheduler must place its steps at inference; trailing with zero_terminal_snr."""
+
+
+class LossConfig(Config):
+    """The training objective."""
+
+    min_snr_gamma: float | None = Field(None, gt=0)
+    """Clip the weight of low-noise timesteps (min-SNR); unset: every timestep weighs the same."""
+    caption_dropout: float = Field(0.1, ge=0, le=1)
+    """Share of samples trained without their caption, for classifier-free guidance."""
+    null_prompt: Literal["auto", "zeros", "encoded"] = "auto"
+    """What stands for no caption; "auto" is what the model's pipeline gives for an empty prompt."""
+    aesthetic_score: float = 6.0
+    """Score given with every sample (stock refiner layout only)."""
+    negative_aesthetic_score: float = 2.5
+    """Score of the null prompt at inference (stock refiner layout only)."""
+
+
+class OptimizerConfig(Config):
+    """AdamW (Loshchilov & Hutter 2019)."""
+
+    learning_rate: float = Field(1e-5, gt=0)
+    """Step size; may change when a run goes on."""
+    beta1: float = Field(0.9, ge=0, lt=1)
+    """Decay of the first moment."""
+    beta2: float = Field(0.999, ge=0, lt=1)
+    """Decay of the second moment."""
+    eps: float = Field(1e-8, gt=0)
+    """Added to the root of the second moment."""
+    weight_decay: float = Field(1e-2, ge=0)
+    """Decoupled decay of the weights."""
+    clip_norm: float = Field(1.0, ge=0)
+    """Largest norm of all gradients together; 0 does not clip."""
+    max_skipped: int = Field(100, ge=0)
+    """Give up after this many steps skipped for gradients that were not finite."""
+
+
+class EmaConfig(Config):
+    """Exponential moving average of the weights, fp32."""
+
+    decay: float = Field(0.999, ge=0, lt=1)
+    """Decay per optimizer step once warmed up; 0 keeps no average."""
+
+
+class CheckpointConfig(Config):
+    """When an expert is saved."""
+
+    every: int = Field(500, ge=1)
+    """Optimizer steps between checkpoints; the last step is always saved."""
+    keep: int = Field(3, ge=2)
+    """Newest checkpoints that are kept; optimizer state is kept in the last two."""
+
+
+class LogConfig(Config):
+    """What is told of a run while it trains."""
+
+    every: int = Field(10, ge=1)
+    """Optimizer steps between log lines."""
+    tensorboard: bool = True
+    """Write curves for TensorBoard into RUN/tensorboard (extra: tensorboard)."""
+
+
+class ExpertConfig(Config):
+    """One expert."""
+
+    name: str = Field(min_length=1, max_length=100)
+    """What the expert is called; nothing is decided by it."""
+    timesteps: RangeConfig
+    """The timesteps it answers for."""
+    steps: int = Field(ge=1)
+    """Optimizer steps of the whole run; may be raised later."""
+    batch: int = Field(1, ge=1)
+    """Samples in a micro-batch, all of one bucket."""
+    accumulation: int = Field(1, ge=1)
+    """Micro-batches in an optimizer step."""
+    seed: int = 0
+    """Seed of order, timesteps, noise and dropout."""
+    precision: Literal["fp32", "bf16-mixed"] = "fp32"
+    """"bf16-mixed" keeps fp32 weights and computes under autocast."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    schedule: ScheduleConfig = ScheduleConfig()
+    loss: LossConfig = LossConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    ema: EmaConfig = EmaConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+
+    @field_validator("schedule")
+    @classmethod
+    def _objective(cls, schedule: ScheduleConfig) -> ScheduleConfig:
+        try:
+            check_objective(schedule.prediction_type, schedule.zero_terminal_snr)
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
+        if schedule.zero_terminal_snr and schedule.timestep_spacing != "trailing":
+            raise ValueError("zero_terminal_snr needs timestep_spacing = 'trailing': others never start at the last t")
+        return schedule
+
+    @model_validator(mode="after")
+    def _range_fits(self) -> "ExpertConfig":
+        if self.timesteps.low >= self.timesteps.high:
+            raise ValueError(f"timesteps.low {self.timesteps.low} is not below timesteps.high {self.timesteps.high}")
+        if self.timesteps.high > self.schedule.num_timesteps:
+            raise ValueError(
+                f"timesteps.high {self.timesteps.high} is beyond the {self.schedule.num_timesteps} there are"
+            )
+        return self
+
+    @property
+    def range(self) -> TimestepRange:
+        """The range as the schedule knows it."""
+        return TimestepRange(self.timesteps.low, self.timesteps.high)
+
+
+# What may change when a run goes on: how long it is, how often it speaks and saves, and how fast it learns.
+MAY_CHANGE = (
+    "steps",
+    "checkpoint.every",
+    "checkpoint.keep",
+    "log.every",
+    "log.tensorboard",
+    "optimizer.learning_rate",
+    "optimizer.max_skipped",
+)
+
+
+def resolve_null_prompt(setting: str, zeros_for_empty_prompt: bool) -> NullPrompt:
+    """The null prompt of "auto" is the one that the model's own pipeline uses."""
+    if setting == "auto":
+        return "zeros" if zeros_for_empty_prompt else "encoded"
+    return "zeros" if setting == "zeros" else "encoded"

@@ -1,0 +1,166 @@
+"""Store to batch: one prefetch thread copies records straight into (pinned) tensors, a few micro-batches ahead.
+
+Which caption a sample shows, and whether it shows none, are draws labelled by (epoch, position) like all others; they
+are made here because they decide what is read.
+"""
+
+import queue
+import threading
+from collections.abc import Callable, Generator
+from typing import Any
+
+import torch
+
+from shared.conditioning import TEXT_LENGTH, MicroConditioning, PromptEmbeds
+from shared.contract import NullPrompt
+from shared.errors import DataError, RecordCorrupt
+from shared.latents import LatentMoments
+from shared.manifest import Manifest, ManifestRow
+from shared.seeding import derive_seed
+from shared.store import Snapshot, StoreReader
+from trainer.batch import Batch
+from trainer.sampler import MicroBatch
+
+AHEAD = 2  # micro-batches that wait, ready, for the UNet
+MAX_CORRUPT_SHARE = 0.001
+
+
+class BatchReader:
+    """Reads micro-batches of one manifest; `on_corrupt` hears of each sample that had to be replaced."""
+
+    def __init__(
+        self,
+        store: StoreReader,
+        manifest: Manifest,
+        *,
+        seed: int,
+        caption_dropout: float,
+        null_prompt: NullPrompt,
+        pin_memory: bool,
+        on_corrupt: Callable[[str, str], None],
+    ) -> None:
+        self._store, self._manifest, self._settings = store, manifest, manifest.settings
+        self._seed, self._dropout, self._null_prompt = seed, caption_dropout, null_prompt
+        self._pin, self._on_corrupt = pin_memory, on_corrupt
+        self._rows_of = {bucket.hw: bucket for bucket in manifest.buckets("train")}
+        self._corrupt: set[int] = set()
+
+    def read(self, micro: MicroBatch) -> Batch:
+        """The batch of `micro`; a sample that cannot be read is replaced by the next of its bucket that can.
+
+        Raises DataError once more than a thousandth of the manifest (and more than one sample) is corrupt.
+        """
+        while True:
+            try:
+                return self._fill(micro, [self._sound(micro.bucket_hw, row) for row in micro.rows])
+            except _CorruptSample as error:
+                self._note(error)
+
+    def _fill(self, micro: MicroBatch, indices: list[int]) -> Batch:
+        rows = self._manifest.rows(indices)
+        mean, logvar, embeds, pooled = self._buffers(micro.bucket_hw, len(rows))
+        with self._store.snapshot() as snapshot:
+            for i, (index, row, place) in enumerate(zip(indices, rows, micro.places(), strict=True)):
+                latents = {"mean": mean[i].numpy()} | ({} if logvar is None else {"logvar": logvar[i].numpy()})
+                text = {"prompt_embeds": embeds[i].numpy(), "pooled_prompt_embeds": pooled[i].numpy()}
+                try:
+                    snapshot.copy_into(row.variants[0].latent_key, latents)
+                    self._copy_text(snapshot, row, place, text)
+                except RecordCorrupt as error:
+                    raise _CorruptSample(index, row.path, str(error)) from None
+        time_ids = self._empty(len(rows), 6, dtype=torch.float32)
+        for i, row in enumerate(rows):
+            time_ids[i] = _micro_conditioning(row).time_ids()
+        return Batch(LatentMoments(mean, logvar), PromptEmbeds(embeds, pooled), time_ids, micro.places())
+
+    def _copy_text(self, snapshot: Snapshot, row: ManifestRow, place: tuple[int, int], targets: dict[str, Any]) -> None:
+        if self._uniform("dropout", place) >= self._dropout:
+            choice = int(self._uniform("caption", place) * len(row.text_keys))
+            snapshot.copy_into(row.text_keys[choice], targets)
+        elif self._null_prompt == "encoded":
+            snapshot.copy_into(bytes.fromhex(self._settings.null_text_key), targets)
+        else:
+            for target in targets.values():
+                target.fill(0)
+
+    def _buffers(
+        self, bucket_hw: tuple[int, int], count: int
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]:
+        known = self._settings
+        latent = (known.latent_channels, bucket_hw[0] // known.downscale, bucket_hw[1] // known.downscale)
+        logvar = self._empty(count, *latent) if known.latents == "moments" else None
+        embeds = self._empty(count, known.text_chunks * TEXT_LENGTH, sum(known.text_widths))
+        return self._empty(count, *latent), logvar, embeds, self._empty(count, known.pooled_width)
+
+    def _empty(self, *shape: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, pin_memory=self._pin)
+
+    def _uniform(self, what: str, place: tuple[int, int]) -> float:
+        return derive_seed(self._seed, what, *place) / 2**63
+
+    def _sound(self, bucket_hw: tuple[int, int], row: int) -> int:
+        """`row`, or the next sound row of its bucket: the same whenever the same records are corrupt."""
+        if row not in self._corrupt:
+            return row
+        rows = self._rows_of[bucket_hw].rows
+        start = int(rows.searchsorted(row))
+        for step in range(1, len(rows)):
+            candidate = int(rows[(start + step) % len(rows)])
+            if candidate not in self._corrupt:
+                return candidate
+        raise DataError(f"every sample of bucket {bucket_hw[0]} x {bucket_hw[1]} is corrupt; build the store again")
+
+    def _note(self, error: "_CorruptSample") -> None:
+        self._corrupt.add(error.row)
+        self._on_corrupt(error.path, error.reason)
+        if len(self._corrupt) > max(1.0, MAX_CORRUPT_SHARE * len(self._manifest)):
+            raise DataError(
+                f"{len(self._corrupt)} samples of manifest {self._manifest.name!r} are corrupt, last {error.path}: "
+                f"{error.reason}; run the build again with a new --store, then start from there"
+            )
+
+
+class _CorruptSample(Exception):
+    def __init__(self, row: int, path: str, reason: str) -> None:
+        super().__init__(reason)
+        self.row, self.path, self.reason = row, path, reason
+
+
+def prefetch(read: Callable[[int], Batch], start: int) -> Generator[Batch, None, None]:
+    """read(start), read(start + 1), ... from one thread that stays AHEAD; its errors are raised here."""
+    ready: queue.Queue[Batch | BaseException] = queue.Queue(AHEAD)
+    stop = threading.Event()
+
+    def work() -> None:
+        index = start
+        while not stop.is_set():
+            try:
+                item: Batch | BaseException = read(index)
+            except BaseException as error:  # noqa: BLE001 -- whatever it is, the consumer raises it
+                item = error
+            while not stop.is_set():
+                try:
+                    ready.put(item, timeout=0.1)
+                    break
+                except queue.Full:
+                    continue
+            if isinstance(item, BaseException):
+                return
+            index += 1
+
+    thread = threading.Thread(target=work, name="prefetch", daemon=True)
+    thread.start()
+    try:
+        while True:
+            item = ready.get()
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        stop.set()
+        thread.join()
+
+
+def _micro_conditioning(row: ManifestRow) -> MicroConditioning:
+    variant = row.variants[0]
+    return MicroConditioning(row.original_hw, variant.crop_top_left, variant.target_hw)

@@ -1,0 +1,33 @@
+"""Exponential moving average of the weights, in fp32 beside the model."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+
+class Ema:
+    """shadow <- d shadow + (1 - d) weights after each step, d = min(decay, (1 + n) / (10 + n)) while n is small."""
+
+    def __init__(self, model: nn.Module, decay: float, updates: int = 0) -> None:
+        self.decay, self.updates = decay, updates
+        self._weights = list(model.parameters())
+        self._names = [name for name, _ in model.named_parameters()]
+        self._shadow = [weight.detach().clone().float() for weight in self._weights]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Take in the model's weights as they are now."""
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        torch._foreach_lerp_(self._shadow, [weight.float() for weight in self._weights], 1 - decay)
+        self.updates += 1
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The averaged weights by the model's names."""
+        return dict(zip(self._names, self._shadow, strict=True))
+
+    @torch.no_grad()
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Take over averaged weights; raises KeyError where one is missing."""
+        for name, shadow in zip(self._names, self._shadow, strict=True):
+            shadow.copy_(state[name])

@@ -1,0 +1,165 @@
+"""Training one expert: one flat function, read top to bottom.
+
+    open run -> load UNet -> [ draw t -> batch -> loss -> backward ] x accumulation -> step -> average -> log -> save
+
+Two of these run at once on one store and share nothing else. Which expert this is stands in the config's timesteps.
+"""
+
+from contextlib import AbstractContextManager, closing
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shared.conditioning import PromptEmbeds
+from shared.device import choose_device
+from shared.errors import DataError, Stopped
+from shared.progress import progress, say
+from shared.store import StoreReader
+from trainer.checkpoint import TrainingState, read_tensors, save_checkpoint
+from trainer.config import ExpertConfig
+from trainer.data import BatchReader, prefetch
+from trainer.ema import Ema
+from trainer.loss import DenoisingLoss
+from trainer.meter import Meter
+from trainer.optim import load_optimizer_tensors, make_optimizer, optimizer_tensors, step_unless_bad
+from trainer.run import Request, Run, make_order, open_run
+from trainer.stopping import stop_requests
+from trainer.trackers import Curves
+from trainer.unet import ConditionedUnet, load_unet, read_unet_config
+
+
+def train_expert(request: Request) -> int:
+    """Train the expert that `request` describes, or go on with it, to its last step; returns the step reached.
+
+    Raises Stopped (exit 75) after saving where the process was asked to stop, and whatever open_run raises.
+    """
+    config, device = request.config, choose_device(request.device)
+    with closing(open_run(request)) as run, StoreReader(request.store) as store, stop_requests() as stop:
+        if run.first_step >= config.steps:
+            say(f"{run.folder} is complete: {run.first_step} steps")
+            return run.first_step
+
+        # What is trained, and what it is trained by.
+        unet = load_unet(run.checkpoint.path / "unet" if run.checkpoint else request.model / "unet", device)
+        unet_config = read_unet_config(request.model / "unet")
+        unet.train().requires_grad_(True)
+        if config.gradient_checkpointing:
+            unet.enable_gradient_checkpointing()
+        parameters = list(unet.parameters())
+        optimizer = make_optimizer(parameters, config.optimizer)
+        ema = Ema(unet, config.ema.decay) if config.ema.decay else None
+        skipped = _restore(run, optimizer, ema, device)
+
+        # What it is trained on, and towards what.
+        settings, facts = run.manifest.settings, run.card.facts
+        model = ConditionedUnet(unet, facts.layout, settings.text_widths[1])
+        predict = partial(_predict, model, config, device)
+        schedule = run.card.contract.schedule(device)
+        loss = DenoisingLoss(
+            schedule,
+            config.range,
+            config.schedule.prediction_type,
+            settings.scaling_factor,
+            config.loss.min_snr_gamma,
+            config.seed,
+        )
+        reader = BatchReader(
+            store,
+            run.manifest,
+            seed=config.seed,
+            caption_dropout=config.loss.caption_dropout,
+            null_prompt=facts.null_prompt,
+            pin_memory=device.type == "cuda",
+            on_corrupt=lambda path, why: run.log.write("corrupt", path=path, why=why),
+        )
+        order = make_order(run)
+        first = (run.first_step - run.manifest_use.from_step) * config.accumulation
+        batches = prefetch(lambda index: reader.read(order[index]), first)
+        curves = Curves(run.folder, run.first_step, enabled=config.log.tensorboard)
+        say(f"{config.name}: timesteps {config.range}, {len(run.manifest)} samples, {device}, {config.precision}")
+
+        meter = Meter(config.batch * config.accumulation)
+        advance_bar = progress(config.name, config.steps, "steps")
+        with closing(batches), closing(curves), advance_bar as advance:
+            advance(run.first_step)
+            for step in range(run.first_step, config.steps):
+                t = loss.timesteps(step, config.batch * config.accumulation, device)
+                step_loss = torch.zeros((), device=device)
+                for t_micro in t.view(-1, config.batch):
+                    batch = meter.wait(batches).to(device)
+                    micro_loss = loss(predict, batch, t_micro).mean() / config.accumulation
+                    torch.autograd.backward(micro_loss)
+                    step_loss += micro_loss.detach()
+
+                # A step whose gradients are not finite is skipped and counted on the device; nobody waits for it here.
+                norm = torch.nn.utils.clip_grad_norm_(parameters, config.optimizer.clip_norm or float("inf"))
+                is_bad = (~torch.isfinite(norm)).float()
+                step_unless_bad(optimizer, is_bad)
+                optimizer.zero_grad(set_to_none=True)
+                if ema is not None:
+                    ema.update()
+                skipped += is_bad
+                meter.add(step_loss, norm)
+                advance(1)
+
+                done = step + 1
+                is_last = done == config.steps
+                if done % config.log.every == 0 or is_last:
+                    values = meter.read() | {"learning_rate": config.optimizer.learning_rate, "skipped": int(skipped)}
+                    run.log.write("step", step=done, epoch=batch.places[-1][0], **values)
+                    curves.log(values, done)
+                    if int(skipped) > config.optimizer.max_skipped:
+                        raise DataError(f"{int(skipped)} steps had gradients that were not finite: giving up at {done}")
+                if done % config.checkpoint.every == 0 or is_last or stop.asked:
+                    state = TrainingState(
+                        step=done,
+                        epoch=batch.places[-1][0],
+                        ema_updates=ema.updates if ema else 0,
+                        skipped=int(skipped),
+                        threads=torch.get_num_threads(),
+                        torch=torch.__version__,
+                    )
+                    weights = {"unet": unet.state_dict()} | ({"ema": ema.state_dict()} if ema else {})
+                    moments = optimizer_tensors(optimizer)
+                    path = save_checkpoint(
+                        run.folder, state, run.card, unet_config, weights, moments, config.checkpoint.keep
+                    )
+                    run.log.write("checkpoint", step=done, path=path.name)
+                if stop.asked and not is_last:
+                    run.log.write("stopped", step=done)
+                    raise Stopped(f"{run.folder} is saved at step {done} of {config.steps}; the same command goes on")
+        run.log.write("complete", step=config.steps)
+        return config.steps
+
+
+def _predict(
+    model: ConditionedUnet,
+    config: ExpertConfig,
+    device: torch.device,
+    x_t: Tensor,
+    t: Tensor,
+    text: PromptEmbeds,
+    time_ids: Tensor,
+) -> Tensor:
+    autocast: AbstractContextManager[Any] = torch.autocast(
+        device.type, torch.bfloat16, enabled=config.precision == "bf16-mixed"
+    )
+    with autocast:
+        return model(x_t, t, text, time_ids, config.loss.aesthetic_score)
+
+
+def _restore(run: Run, optimizer: torch.optim.AdamW, ema: Ema | None, device: torch.device) -> Tensor:
+    """Optimizer and average as they were saved; returns the count of skipped steps, on the device."""
+    if run.checkpoint is None:
+        return torch.zeros((), device=device)
+    state = run.checkpoint.state
+    load_optimizer_tensors(optimizer, run.checkpoint.optimizer_tensors())
+    if ema is not None:
+        ema.load(read_tensors(run.checkpoint.path / "ema" / "diffusion_pytorch_model.safetensors"))
+        ema.updates = state.ema_updates
+    if state.threads != torch.get_num_threads() or state.torch != torch.__version__:
+        say("going on with another number of threads or version of torch: not bit for bit what it would have been")
+    say(f"{run.folder} goes on after step {state.step}")
+    return torch.tensor(float(state.skipped), device=device)

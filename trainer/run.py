@@ -1,0 +1,223 @@
+"""The run folder: begun once, gone on with by the identical command, never mixed up with another run.
+
+RUN/config.toml     the resolved config, written first
+RUN/expert.json     PairContract and ExpertFacts as of now
+RUN/events.jsonl    what happened
+RUN/checkpoints/    trainer/checkpoint.py
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from shared.atomic import write_atomically
+from shared.config import dump_config, flatten, load_config
+from shared.contract import ExpertCard, ExpertFacts, ManifestUse, PairContract
+from shared.errors import CheckpointError, ConfigError, ContractError, ManifestMismatch
+from shared.lease import Lease
+from shared.manifest import Manifest, open_manifest
+from shared.progress import say
+from shared.runlog import RunLog
+from trainer.checkpoint import Checkpoint, resumable_checkpoint
+from trainer.config import MAY_CHANGE, ExpertConfig, resolve_null_prompt
+from trainer.sampler import Order
+from trainer.unet import choose_layout, read_unet_config, unet_digest
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a `train-expert` command asks for."""
+
+    config: ExpertConfig
+    store: Path
+    manifest: str
+    model: Path
+    output: Path
+    device: str = "auto"
+    move_to_manifest: str | None = None
+
+
+@dataclass(frozen=True)
+class Run:
+    """An opened run: where it stands, and what it trains on."""
+
+    folder: Path
+    config: ExpertConfig
+    card: ExpertCard
+    manifest: Manifest
+    checkpoint: Checkpoint | None
+    log: RunLog
+    lease: Lease
+
+    @property
+    def first_step(self) -> int:
+        """Optimizer steps that are done."""
+        return self.checkpoint.state.step if self.checkpoint else 0
+
+    @property
+    def manifest_use(self) -> ManifestUse:
+        """The stretch of training that is going on."""
+        return self.card.facts.manifests[-1]
+
+    def close(self) -> None:
+        """Close the log and let another process take the run."""
+        self.log.close()
+        self.lease.release()
+
+
+def open_run(request: Request) -> Run:
+    """Begin the run that `request` asks for, or go on with the one in its output folder.
+
+    Raises ConfigError where the folder is another run's, ManifestMismatch, ContractError or CheckpointError where what
+    the run began with is no longer there, StoreLocked while another process trains it.
+    """
+    folder = request.output
+    is_new = not (folder / "expert.json").exists()
+    if is_new and folder.exists() and {path.name for path in folder.iterdir()} - {"run.lock", "config.toml"}:
+        raise ConfigError(f"{folder} is not empty and no run: name a new folder with --output")
+    if is_new:
+        manifest = open_manifest(request.store, request.move_to_manifest or request.manifest)
+        card = _new_card(request, manifest)
+        folder.mkdir(parents=True, exist_ok=True)
+    lease = Lease(folder / "run.lock", f"run {folder} is being trained")
+    try:
+        return _begin(request, card, manifest, lease) if is_new else _go_on(request, lease)
+    except BaseException:
+        lease.release()
+        raise
+
+
+def _begin(request: Request, card: ExpertCard, manifest: Manifest, lease: Lease) -> Run:
+    write_config(request.output, request.config)
+    write_card(request.output, card)
+    log = RunLog(request.output / "events.jsonl")
+    log.write("begin", name=request.config.name, manifest=manifest.name, digest=manifest.digest, step=0)
+    return Run(request.output, request.config, card, manifest, None, log, lease)
+
+
+def _go_on(request: Request, lease: Lease) -> Run:
+    folder = request.output
+    old = load_config(ExpertConfig, [folder / "config.toml"])
+    changes = _changes(old, request.config)
+    _refuse_changes(folder, changes)
+    card = _read_card(folder)
+    digest = unet_digest(request.model / "unet")
+    if digest != card.facts.start_model_digest:
+        raise ContractError(f"{folder} began from another UNet than {request.model}: name a new folder with --output")
+    log = RunLog(folder / "events.jsonl")
+
+    def pass_over(why: str) -> None:
+        say(f"passed over: {why}")
+        log.write("bad_checkpoint", why=why)
+
+    checkpoint = resumable_checkpoint(folder, pass_over)
+    step = checkpoint.state.step if checkpoint else 0
+    card = _with_manifests(card, tuple(use for use in card.facts.manifests if use.from_step <= step))
+    if request.move_to_manifest:
+        manifest, card = _move(request, card, checkpoint)
+        log.write("move", manifest=manifest.name, digest=manifest.digest, step=step)
+    else:
+        manifest = _same_manifest(request, card)
+    for key, (before, after) in changes.items():
+        log.write("config", key=key, before=before, after=after)
+    write_config(folder, request.config)
+    write_card(folder, card)
+    log.write("resume", step=step, digest=manifest.digest)
+    return Run(folder, request.config, card, manifest, checkpoint, log, lease)
+
+
+def make_order(run: Run) -> Order:
+    """The order of samples since the run's manifest began to be used."""
+    buckets = run.manifest.buckets("train")
+    return Order(buckets, run.config.batch, run.config.seed, run.manifest_use.from_epoch)
+
+
+def write_config(folder: Path, config: ExpertConfig) -> None:
+    """Put the resolved config into the run folder."""
+    write_atomically(folder / "config.toml", dump_config(config).encode())
+
+
+def write_card(folder: Path, card: ExpertCard) -> None:
+    """Put the contract and the facts into the run folder."""
+    write_atomically(folder / "expert.json", card.model_dump_json(indent=1).encode() + b"\n")
+
+
+def _new_card(request: Request, manifest: Manifest) -> ExpertCard:
+    config, known = request.config, manifest.settings
+    unet_config = read_unet_config(request.model / "unet")
+    facts = ExpertFacts(
+        name=config.name,
+        low=config.timesteps.low,
+        high=config.timesteps.high,
+        layout=choose_layout(unet_config, known.text_widths, known.pooled_width),
+        null_prompt=resolve_null_prompt(config.loss.null_prompt, known.zeros_for_empty_prompt),
+        text_chunks=known.text_chunks,
+        aesthetic_score=config.loss.aesthetic_score,
+        negative_aesthetic_score=config.loss.negative_aesthetic_score,
+        precision=config.precision,
+        start_model_digest=unet_digest(request.model / "unet"),
+        manifests=(ManifestUse(name=manifest.name, digest=manifest.digest, from_step=0, from_epoch=0),),
+    )
+    return ExpertCard(contract=_contract(config, manifest, facts), facts=facts)
+
+
+def _contract(config: ExpertConfig, manifest: Manifest, facts: ExpertFacts) -> PairContract:
+    known = manifest.settings
+    second_only = facts.layout == "sdxl-refiner"
+    digests = {part: d for part, d in known.text_digests.items() if part.endswith("_2") or not second_only}
+    return PairContract(
+        **config.schedule.model_dump(),
+        scaling_factor=known.scaling_factor,
+        vae_digest=known.vae_digest,
+        text_digests=digests,
+    )
+
+
+def _changes(old: ExpertConfig, new: ExpertConfig) -> dict[str, tuple[Any, Any]]:
+    before, after = (flatten(config.model_dump(mode="json")) for config in (old, new))
+    return {key: (before.get(key), after[key]) for key in after if before.get(key) != after[key]}
+
+
+def _refuse_changes(folder: Path, changes: dict[str, tuple[Any, Any]]) -> None:
+    refused = [f"{key} was {b!r}, is {a!r}" for key, (b, a) in changes.items() if key not in MAY_CHANGE]
+    if refused:
+        raise ConfigError(f"{folder} is another run: {'; '.join(refused)}. Name a new folder with --output")
+
+
+def _read_card(folder: Path) -> ExpertCard:
+    try:
+        return ExpertCard.model_validate_json((folder / "expert.json").read_text())
+    except (OSError, ValidationError) as error:
+        raise CheckpointError(f"{folder}/expert.json is damaged: {str(error).splitlines()[0]}") from None
+
+
+def _with_manifests(card: ExpertCard, uses: tuple[ManifestUse, ...]) -> ExpertCard:
+    return card.model_copy(update={"facts": card.facts.model_copy(update={"manifests": uses})})
+
+
+def _same_manifest(request: Request, card: ExpertCard) -> Manifest:
+    use = card.facts.manifests[-1]
+    manifest = open_manifest(request.store, use.name, use.digest)
+    current = open_manifest(request.store, request.manifest)
+    if current.digest != manifest.digest:
+        say(f"going on with manifest {use.name} {use.digest[:16]} as begun; --move-to-manifest {current.name} moves on")
+    return manifest
+
+
+def _move(request: Request, card: ExpertCard, checkpoint: Checkpoint | None) -> tuple[Manifest, ExpertCard]:
+    assert request.move_to_manifest is not None
+    manifest = open_manifest(request.store, request.move_to_manifest)
+    old = card.facts.manifests[-1]
+    if manifest.digest == old.digest:
+        return manifest, card
+    contract = _contract(request.config, manifest, card.facts)
+    if contract != card.contract or manifest.settings.text_chunks != card.facts.text_chunks:
+        raise ManifestMismatch(
+            f"manifest {manifest.name!r} was built with another VAE, text encoder or text.chunks than {request.output} "
+            "began with: name a new folder with --output"
+        )
+    step, epoch = (checkpoint.state.step, checkpoint.state.epoch + 1) if checkpoint else (0, 0)
+    use = ManifestUse(name=manifest.name, digest=manifest.digest, from_step=step, from_epoch=epoch)
+    return manifest, _with_manifests(card, (*(u for u in card.facts.manifests if u.from_step < step), use))
