@@ -102,11 +102,7 @@ class ExpertEnsemble:
             assert index is not None
             x_t = scheduler.scale_model_input(x, t)
             prediction = self._guided(self.experts[index], prompts[index], x_t, t, time_ids, settings)
-            x = (
-                scheduler.step(prediction, t, x, generator=generator, return_dict=False)[0]
-                if _takes(scheduler)
-                else (scheduler.step(prediction, t, x, return_dict=False)[0])
-            )
+            x = scheduler.step(prediction, t, x, return_dict=False, **extra)[0]
         if last < len(scheduler.timesteps) - 1:
             return self._estimate(x_t, prediction, t)
         return x
