@@ -105,9 +105,9 @@ class _Environment:
             finally:
                 transaction.abort()
 
-    def close(self) -> None:
-        """Close the environment in this process."""
-        if self._env is not None and self._pid == os.getpid():
+    def close_environment(self) -> None:
+        """Close LMDB in this process; the next use opens it again."""
+        if self._env is not None:
             self._env.close()
         self._env = None
 
@@ -122,7 +122,9 @@ class _Environment:
         return env.begin(buffers=True)
 
     def _opened(self) -> Any:
-        if self._env is None or self._pid != os.getpid():  # an environment must not cross a fork
+        if self._env is not None and self._pid != os.getpid():  # an environment must not cross a fork
+            self.close_environment()
+        if self._env is None:
             self._env, self._pid = self._open(), os.getpid()
             self._env.reader_check()
         return self._env
@@ -137,6 +139,7 @@ class _Environment:
                     readonly=self.readonly,
                     create=False,
                     max_readers=MAX_READERS,
+                    max_spare_txns=0,  # a spare holds a reader's slot, which a forked child would give away
                     lib_version=0,
                     sync=True,
                     metasync=True,
@@ -159,6 +162,10 @@ class StoreReader(_Environment):
         _check_format(path)
         check_data_file(path / "data.mdb")
         super().__init__(path)
+
+    def close(self) -> None:
+        """Close the store."""
+        self.close_environment()
 
     def __enter__(self) -> "StoreReader":
         return self
@@ -211,13 +218,9 @@ class StoreWriter(_Environment):
                 self.close_environment()  # LMDB's state after a failed write is not to be trusted
                 raise
 
-    def close_environment(self) -> None:
-        """Close LMDB but keep the lease."""
-        super().close()
-
     def close(self) -> None:
         """Close LMDB and give the lease back."""
-        super().close()
+        self.close_environment()
         self._lease.release()
 
     def __enter__(self) -> "StoreWriter":

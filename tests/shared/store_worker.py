@@ -250,9 +250,8 @@ def kill_readers(store: Path, kills: int) -> dict[str, int]:
                 with reader.snapshot() as snapshot:
                     if not is_right(snapshot, 0, 100):
                         return SILENT
-                    pass
                 read_end, write_end = os.pipe()
-                pid = forked(lambda ack=write_end: stall(store, ack))
+                pid = forked(lambda ack=write_end: stall(reader, ack))
                 os.read(read_end, 1)
                 os.kill(pid, signal.SIGKILL)
                 status_of(pid)
@@ -266,8 +265,8 @@ def kill_readers(store: Path, kills: int) -> dict[str, int]:
     return dict(result)
 
 
-def stall(store: Path, ack: int) -> int:
-    with StoreReader(store) as reader, reader.snapshot() as snapshot:
+def stall(reader: StoreReader, ack: int) -> int:
+    with reader.snapshot() as snapshot:
         snapshot.has(key_of(0))
         os.write(ack, b".")
         time.sleep(60)
@@ -284,7 +283,7 @@ def stalled_reader(store: Path, commits: int) -> dict[str, float]:
         pid = 0
         if name == "stalled":
             read_end, write_end = os.pipe()
-            pid = forked(lambda path=path, ack=write_end: stall(path, ack))
+            pid = forked(lambda path=path, ack=write_end: stall(StoreReader(path), ack))
             os.read(read_end, 1)
         with StoreWriter(path) as writer:
             for first in range(1, commits * 8, 8):
@@ -306,7 +305,6 @@ def fork_under_way(store: Path) -> dict[str, int]:
     def child() -> int:
         with writer.snapshot() as snapshot:
             right = is_right(snapshot, 0, 5000)
-        writer._env.close()
         return RIGHT if right else SILENT
 
     codes = [in_child(child) for _ in range(3)]
