@@ -23,6 +23,7 @@ from shared.manifest import ManifestRow, ManifestSettings, Variant, seal_manifes
 from shared.store import StoreWriter
 from shared.text_encoders import TextFacts, read_text_facts
 from shared.vae import EncodeDtype, VaeFacts, choose_encode_dtype, read_vae_facts
+from shared.weights import find_weights
 
 
 @dataclass(frozen=True)
@@ -44,9 +45,11 @@ def build(sources: Sequence[Source], model: Path, config: BuildConfig, options: 
     """
     started_s = time.monotonic()
     report = BuildReport(manifest=options.manifest)
-    vae, text = read_vae_facts(model), read_text_facts(model)
-    dtype = _encode_dtype(config, vae, options.device)
+    for part in ("vae", "text_encoder", "text_encoder_2"):
+        find_weights(model / part)  # a wrong model is said before a store is made
     with StoreWriter(options.store, wait=options.wait) as store:
+        vae, text = read_vae_facts(model), read_text_facts(model)
+        dtype = _encode_dtype(config, vae, options.device)
         scanner = Scanner(config, vae.digest, dtype, report)
         samples = scanner.scan(sources, store)
         encoder = SampleEncoder(model, options.device, dtype, config.encode.latents, config.text.chunks)

@@ -1,6 +1,6 @@
-"""The main job on the small world, command by command as users type them: pictures, store, two experts, images.
+"""The main job on the small world, command by command as users type it: pictures, store, two experts, images.
 
-`python -m demo.main_job OUT` (make demo). Run again, it goes on with what is there: nothing is encoded or trained twice.
+`python -m demo.main_job OUT` (make demo). Run again it goes on with what is there; nothing is encoded or trained twice.
 """
 
 import os
@@ -68,9 +68,8 @@ def _say_where(images: Path, store: Path, runs: dict[str, Path], elapsed_s: floa
     )
     for name, path in (("images", images), ("store", store), *runs.items()):
         print(f"  {name:9} {path.resolve()}")
-    print(
-        f"  {elapsed_s:.0f} s, largest process {peak_bytes >> 20} MiB; curves: tensorboard --logdir {runs['base'].parent}"
-    )
+    print(f"  curves    .venv/bin/tensorboard --logdir {runs['base'].parent}")
+    print(f"  took {elapsed_s:.0f} s, largest process {peak_bytes >> 20} MiB")
 
 
 if __name__ == "__main__":

@@ -210,6 +210,14 @@ def open_manifest(store: Path, name: str, digest: str | None = None) -> Manifest
     return manifest
 
 
+def current_digest(store: Path, name: str) -> str | None:
+    """Digest of NAME's current manifest; None where there is none that could be opened."""
+    try:
+        return str(_read_seal(_folder(store, name), None)["digest"])
+    except ManifestMismatch:
+        return None
+
+
 def list_manifests(store: Path) -> list[str]:
     """Names of the manifests in a store."""
     return sorted(path.parent.name for path in (store / "manifests").glob("*/current.json"))

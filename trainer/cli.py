@@ -72,22 +72,22 @@ def _generate_images(
     """Draw with a pair of experts: each step is made by the expert whose range its timestep lies in."""
     from shared.model_folder import resolve_model
     from trainer.ensemble import DrawSettings
-    from trainer.generate import generate
+    from trainer.generate import GenerateRequest, generate
 
-    settings = DrawSettings(steps, guidance, guidance_rescale, scheduler)
-    parts = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
-    for path in generate(
-        expert,
-        resolve_model(model, parts),
-        prompt,
-        negative_prompt,
-        out,
-        settings,
-        seed,
-        count,
-        (height, width),
-        device,
-    ):
+    request = GenerateRequest(
+        experts=expert,
+        model=resolve_model(model, ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")),
+        prompts=prompt,
+        out=out,
+        settings=DrawSettings(steps, guidance, guidance_rescale, scheduler),
+        negative_prompt=negative_prompt,
+        seed=seed,
+        count=count,
+        height=height,
+        width=width,
+        device=device,
+    )
+    for path in generate(request):
         typer.echo(str(path))
 
 

@@ -1,8 +1,10 @@
 """Experts on disk to pictures on disk: check that they belong together, encode the prompts, draw, decode, save."""
 
+import functools
+import io
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,51 +17,58 @@ from shared.contract import ExpertFacts, PairContract, check_pair
 from shared.device import choose_device
 from shared.errors import CheckpointError, ConfigError, ContractError
 from shared.progress import progress, say
-from shared.text_encoders import TextEncoders, read_text_facts
-from shared.vae import Vae, choose_encode_dtype, read_vae_facts
+from shared.text_encoders import TextEncoders, TextFacts, read_text_facts
+from shared.vae import Vae, VaeFacts, choose_encode_dtype, read_vae_facts
 from trainer.checkpoint import Checkpoint, newest_checkpoint, open_checkpoint
 from trainer.ensemble import DrawSettings, Expert, ExpertEnsemble, Prompt, make_scheduler
 from trainer.unet import ConditionedUnet, load_unet
 
 
-def generate(
-    experts: Sequence[Path],
-    model: Path,
-    prompts: Sequence[str],
-    negative_prompt: str | None,
-    out: Path,
-    settings: DrawSettings,
-    seed: int,
-    count: int,
-    size_hw: tuple[int | None, int | None],
-    device_setting: str,
-) -> Iterator[Path]:
+@dataclass(frozen=True)
+class GenerateRequest:
+    """What a `generate-images` command asks for."""
+
+    experts: Sequence[Path]
+    model: Path
+    prompts: Sequence[str]
+    out: Path
+    settings: DrawSettings = field(default_factory=DrawSettings)
+    negative_prompt: str | None = None
+    seed: int = 0
+    count: int = 1
+    height: int | None = None
+    width: int | None = None
+    device: str = "auto"
+
+
+def generate(request: GenerateRequest) -> Iterator[Path]:
     """Draw `count` pictures of each prompt into `out`; yields each path once it is there.
 
-    Raises ContractError where the experts do not belong together or to MODEL, CheckpointError where one is damaged.
+    Raises ContractError where the experts do not belong together or to the model, CheckpointError where one is damaged.
     """
-    checkpoints = [open_expert(path) for path in experts]
-    contract = _check_together(checkpoints, model)
-    make_scheduler(settings.scheduler, contract)  # refused before anything large is loaded
-    device = choose_device(device_setting)
-    out.mkdir(parents=True, exist_ok=True)
-    embeds = _encode(checkpoints, model, prompts, negative_prompt, device)
-    ensemble = ExpertEnsemble([_load(checkpoint, model, device) for checkpoint in checkpoints], contract)
-    vae_facts = read_vae_facts(model)
-    vae = Vae(model, device, choose_encode_dtype("auto", vae_facts, device.type))
+    checkpoints = [open_expert(path) for path in request.experts]
+    vae_facts, text_facts = read_vae_facts(request.model), read_text_facts(request.model)
+    contract = _check_together(checkpoints, request.model, vae_facts, text_facts)
+    make_scheduler(request.settings.scheduler, contract)  # refused before anything large is loaded
+    device = choose_device(request.device)
+    embeds = _encode(checkpoints, request, device)
+    ensemble = ExpertEnsemble([_load(c, text_facts.widths[1], device) for c in checkpoints], contract)
+    vae = Vae(request.model, device, choose_encode_dtype("auto", vae_facts, device.type))
     factor = vae_facts.downscale
-    hw = _size(size_hw, ensemble.experts[0].model.unet.config.sample_size * factor, factor)
-    with progress("pictures", len(prompts) * count, "images") as advance:
-        for index, prompt in enumerate(prompts):
-            for offset in range(count):
-                generator = torch.Generator().manual_seed(seed + offset)
-                shape = (1, vae_facts.latent_channels, hw[0] // factor, hw[1] // factor)
+    hw = _size(request, ensemble.experts[0].model.unet.config.sample_size * factor, factor)
+    shape = (1, vae_facts.latent_channels, hw[0] // factor, hw[1] // factor)
+    request.out.mkdir(parents=True, exist_ok=True)
+    with progress("pictures", len(request.prompts) * request.count, "images") as advance:
+        for index, prompt in enumerate(request.prompts):
+            for seed in range(request.seed, request.seed + request.count):
+                generator = torch.Generator().manual_seed(seed)
                 noise = torch.randn(shape, generator=generator).to(device)
                 with torch.inference_mode():
-                    latents = ensemble.draw(embeds[index], hw, settings, noise, generator)
-                path = out / f"{index:03d}-seed-{seed + offset}.png"
-                facts = {"prompt": prompt, "negative_prompt": negative_prompt, "seed": seed + offset}
-                _save(path, vae.decode(latents)[0], {**facts, **asdict(settings), "experts": _names(checkpoints)})
+                    latents = ensemble.draw(embeds[index], hw, request.settings, noise, generator)
+                facts: dict[str, Any] = asdict(request.settings) | {"experts": _names(checkpoints)}
+                facts |= {"prompt": prompt, "negative_prompt": request.negative_prompt, "seed": seed}
+                path = request.out / f"{index:03d}-seed-{seed}.png"
+                _save(path, vae.decode(latents)[0], facts)
                 advance(1)
                 yield path
 
@@ -76,69 +85,54 @@ def open_expert(path: Path) -> Checkpoint:
     return checkpoint
 
 
-def _check_together(checkpoints: Sequence[Checkpoint], model: Path) -> PairContract:
+def _check_together(checkpoints: Sequence[Checkpoint], model: Path, vae: VaeFacts, text: TextFacts) -> PairContract:
     cards = [checkpoint.card for checkpoint in checkpoints]
     contract = cards[0].contract
     if len(cards) > 1:
         check_pair(cards)
-    else:
+    elif len(cards[0].facts.timesteps) < contract.num_timesteps:
         facts = cards[0].facts
-        if len(facts.timesteps) < contract.num_timesteps:
-            say(
-                f"one expert alone: {facts.name} draws timesteps {facts.timesteps} of {contract.num_timesteps}, no other"
-            )
-    if read_vae_facts(model).digest != contract.vae_digest:
+        say(f"one expert alone: {facts.name} draws timesteps {facts.timesteps} and leaves the others out")
+    if vae.digest != contract.vae_digest:
         raise ContractError(f"the VAE of {model} is not the one that the experts' latents come from")
-    digests = read_text_facts(model).digests
-    for part, digest in {part: d for card in cards for part, d in card.contract.text_digests.items()}.items():
-        if digests[part] != digest:
-            raise ContractError(f"the {part} of {model} is not the one that the experts were trained with")
+    for card in cards:
+        for part, digest in card.contract.text_digests.items():
+            if text.digests[part] != digest:
+                raise ContractError(f"the {part} of {model} is not the one that {card.facts.name} was trained with")
     return contract
 
 
-def _encode(
-    checkpoints: Sequence[Checkpoint], model: Path, prompts: Sequence[str], negative: str | None, device: torch.device
-) -> list[list[Prompt]]:
+def _encode(checkpoints: Sequence[Checkpoint], request: GenerateRequest, device: torch.device) -> list[list[Prompt]]:
     """For each prompt its embeds for each expert; the text encoders are gone when this returns."""
-    facts = [checkpoint.card.facts for checkpoint in checkpoints]
-    encoders = TextEncoders(model, device)
-    encoded: dict[tuple[str, int], PromptEmbeds] = {}
+    encoders = TextEncoders(request.model, device)
 
+    @functools.cache
     def encode(text: str, chunks: int) -> PromptEmbeds:
-        if (text, chunks) not in encoded:
-            encoders.chunks = chunks
-            if encoders.count(text).truncated:
-                say(f"cut short to {chunks} x 75 tokens: {one_line(text)}")
-            encoded[text, chunks] = encoders.encode([text])
-        return encoded[text, chunks]
+        encoders.chunks = chunks
+        if encoders.count(text).truncated:
+            say(f"cut short to {chunks} x 75 tokens: {one_line(text)}")
+        return encoders.encode([text])
 
-    def null(own: ExpertFacts) -> PromptEmbeds:
+    def against(own: ExpertFacts) -> PromptEmbeds:
+        if request.negative_prompt is not None:
+            return encode(request.negative_prompt, own.text_chunks)
         empty = encode("", own.text_chunks)
         if own.null_prompt == "encoded":
             return empty
         return PromptEmbeds(torch.zeros_like(empty.prompt_embeds), torch.zeros_like(empty.pooled_prompt_embeds))
 
-    return [
-        [
-            Prompt(
-                encode(prompt, own.text_chunks),
-                null(own) if negative is None else encode(negative, own.text_chunks),
-            )
-            for own in facts
-        ]
-        for prompt in prompts
-    ]
+    facts = [checkpoint.card.facts for checkpoint in checkpoints]
+    return [[Prompt(encode(prompt, own.text_chunks), against(own)) for own in facts] for prompt in request.prompts]
 
 
-def _load(checkpoint: Checkpoint, model: Path, device: torch.device) -> Expert:
+def _load(checkpoint: Checkpoint, refiner_width: int, device: torch.device) -> Expert:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     unet = load_unet(checkpoint.weights_folder(), device, dtype)
-    widths = read_text_facts(model).widths
-    return Expert(checkpoint.card.facts, ConditionedUnet(unet, checkpoint.card.facts.layout, widths[1]), dtype)
+    return Expert(checkpoint.card.facts, ConditionedUnet(unet, checkpoint.card.facts.layout, refiner_width), dtype)
 
 
-def _size(asked_hw: tuple[int | None, int | None], own_px: int, factor: int) -> tuple[int, int]:
-    height, width = asked_hw[0] or own_px, asked_hw[1] or own_px
+def _size(request: GenerateRequest, own_px: int, factor: int) -> tuple[int, int]:
+    height, width = request.height or own_px, request.width or own_px
     for name, value in (("--height", height), ("--width", width)):
         if value % factor:
             raise ConfigError(f"{name} {value}: sizes are multiples of {factor} pixels")
@@ -153,8 +147,6 @@ def _names(checkpoints: Sequence[Checkpoint]) -> list[dict[str, Any]]:
 
 
 def _save(path: Path, pixels: torch.Tensor, facts: dict[str, Any]) -> None:
-    import io
-
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo
 

@@ -17,7 +17,7 @@ from shared.config import dump_config, flatten, load_config
 from shared.contract import ExpertCard, ExpertFacts, ManifestUse, PairContract
 from shared.errors import CheckpointError, ConfigError, ContractError, ManifestMismatch
 from shared.lease import Lease
-from shared.manifest import Manifest, open_manifest
+from shared.manifest import Manifest, current_digest, open_manifest
 from shared.progress import say
 from shared.runlog import RunLog
 from trainer.checkpoint import Checkpoint, resumable_checkpoint
@@ -200,9 +200,10 @@ def _with_manifests(card: ExpertCard, uses: tuple[ManifestUse, ...]) -> ExpertCa
 def _same_manifest(request: Request, card: ExpertCard) -> Manifest:
     use = card.facts.manifests[-1]
     manifest = open_manifest(request.store, use.name, use.digest)
-    current = open_manifest(request.store, request.manifest)
-    if current.digest != manifest.digest:
-        say(f"going on with manifest {use.name} {use.digest[:16]} as begun; --move-to-manifest {current.name} moves on")
+    newest = current_digest(request.store, request.manifest)
+    if newest not in (None, use.digest):
+        begun = f"manifest {use.name} {use.digest[:16]}"
+        say(f"going on with {begun} as begun; --move-to-manifest {request.manifest} moves on to {newest[:16]}")
     return manifest
 
 

@@ -4,6 +4,7 @@ Kept free of torch, so that a fork costs a millisecond. Records are a function o
 what it must hold.
 """
 
+import functools
 import hashlib
 import json
 import mmap
@@ -34,6 +35,7 @@ def key_of(number: int) -> bytes:
     return hashlib.blake2b(str(number).encode(), digest_size=16).digest()
 
 
+@functools.lru_cache(200)
 def tensor_of(number: int, most_bytes: int) -> np.ndarray:
     source = random.Random(number)
     return np.frombuffer(source.randbytes(source.randint(1, most_bytes)), np.uint8)
@@ -49,7 +51,11 @@ def is_right(snapshot: Snapshot, number: int, most_bytes: int) -> bool:
     target = np.empty_like(expected)
     meta = snapshot.copy_into(key_of(number), {"t": target})
     copy = snapshot.read(key_of(number))
-    return meta == copy.meta == {"number": number} and np.array_equal(target, expected) and np.array_equal(copy.tensors["t"], expected)
+    return (
+        meta == copy.meta == {"number": number}
+        and np.array_equal(target, expected)
+        and np.array_equal(copy.tensors["t"], expected)
+    )
 
 
 # --- forks ---
@@ -160,8 +166,7 @@ def damage(store: Path, kind: str, count: int, seed: int) -> dict[str, int]:
     pages = [sound[at : at + PAGE_BYTES] for at in range(0, len(sound), PAGE_BYTES)]
     tree = _tree_pages(pages)
     for _ in range(count):
-        damaged = _damaged(kind, sound, tree, source)
-        data.write_bytes(damaged)
+        data.write_bytes(_damaged(kind, sound, tree, source))
         code = in_child(lambda: check_all(store, numbers, most))
         result[_NAMES.get(code, f"signal {-code}")] += 1
     data.write_bytes(sound)
@@ -237,26 +242,34 @@ def fill_small_map(store: Path, rounds: int) -> dict[str, int]:
     return dict(result)
 
 
-def kill_readers(store: Path, kills: int) -> dict[str, int]:
-    """Readers that die in a snapshot keep no slot for ever, in a table of eight."""
+def kill_readers(store: Path, rounds: int) -> dict[str, int]:
+    """Eight readers fill a table of eight: a ninth is told; when they are dead it takes their places."""
     shared.store.MAX_READERS = 8
     with StoreWriter(store) as writer:
         writer.put_many([record_of(0, 100)])
     result = Counter()
+    read_end, write_end = os.pipe()
 
     def survivor() -> int:
         with StoreReader(store) as reader:
-            for _ in range(kills):
+            for _ in range(rounds):
                 with reader.snapshot() as snapshot:
-                    if not is_right(snapshot, 0, 100):
+                    right = is_right(snapshot, 0, 100)
+                pids = [forked(lambda: stall(reader, write_end)) for _ in range(8)]
+                for _ in pids:
+                    os.read(read_end, 1)
+                try:
+                    with reader.snapshot():
                         return SILENT
-                read_end, write_end = os.pipe()
-                pid = forked(lambda ack=write_end: stall(reader, ack))
-                os.read(read_end, 1)
-                os.kill(pid, signal.SIGKILL)
-                status_of(pid)
-                os.close(read_end)
-                os.close(write_end)
+                except StoreBusy:
+                    pass
+                for pid in pids:
+                    os.kill(pid, signal.SIGKILL)
+                    status_of(pid)
+                with reader.snapshot() as snapshot:
+                    right = right and is_right(snapshot, 0, 100)
+                if not right:
+                    return SILENT
         return RIGHT
 
     result["survivor"] = in_child(survivor)
@@ -355,18 +368,16 @@ def together(store: Path, seconds: float) -> dict[str, int]:
                 progress[:8] = (first + 5).to_bytes(8, "little")
         return RIGHT
 
-    def read(seed: int) -> int:
-        source = random.Random(seed)
-        long_lived = StoreReader(store)
+    def read(seed: int, reopen: bool) -> int:
+        source, reader = random.Random(seed), StoreReader(store)
         while time.monotonic() < end_s:
             numbers = [source.randrange(known()) for _ in range(5)]
-            with StoreReader(store) as fresh, fresh.snapshot() as snapshot:  # opens, so looks at the file first
+            with reader.snapshot() as snapshot:
                 if not all(is_right(snapshot, number, most) for number in numbers):
                     return SILENT
-            os.environ["unused"] = ""
-            with long_lived.snapshot() as snapshot:
-                if not all(is_right(snapshot, number, most) for number in numbers):
-                    return SILENT
+            if reopen:
+                reader.close()
+                reader = StoreReader(store)  # looks at the file first
         return RIGHT
 
     def look() -> int:
@@ -374,7 +385,7 @@ def together(store: Path, seconds: float) -> dict[str, int]:
             check_data_file(store / "data.mdb")
         return RIGHT
 
-    pids = [forked(write), forked(lambda: look()), forked(look)]
+    pids = [forked(write), forked(look), forked(lambda: read(1, True)), forked(lambda: read(2, False))]
     codes = [status_of(pid) for pid in pids]
     return {"right": codes.count(RIGHT), "processes": len(pids), "records": known()}
 
@@ -389,7 +400,7 @@ def file_limit(store: Path, rounds: int) -> dict[str, int]:
     def write(limit_bytes: int) -> int:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, resource.RLIM_INFINITY))
         with StoreWriter(store) as writer:
-            for attempt in range(3):
+            for _ in range(3):
                 try:
                     while known() < 3000:
                         first = known()
@@ -420,7 +431,7 @@ def full_disk(mount_point: Path, margin_bytes: int) -> dict[str, int]:
     for size_mib in (40, 56, 0):
         try:
             with StoreWriter(store) as writer:
-                for attempt in range(3):
+                for _ in range(3):
                     try:
                         while True:
                             writer.put_many([record_of(number, most) for number in range(known, known + 7)])

@@ -182,7 +182,9 @@ def _kinds_agree(one: dict, other: dict) -> bool:
     """Whether no key is a table on one side and a value on the other."""
     both = [(one[key], other[key]) for key in one.keys() & other.keys()]
     return all(
-        _kinds_agree(x, y) if isinstance(x, dict) and isinstance(y, dict) else isinstance(x, dict) == isinstance(y, dict)
+        _kinds_agree(x, y)
+        if isinstance(x, dict) and isinstance(y, dict)
+        else isinstance(x, dict) == isinstance(y, dict)
         for x, y in both
     )
 

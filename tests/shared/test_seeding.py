@@ -26,9 +26,21 @@ def test_other_labels_other_seed(one: list[str | int | bytes], other: list[str |
 
 
 def test_neighbours_do_not_meet() -> None:
-    values = {derive_seed(seed, "noise", epoch, position) for seed in range(10) for epoch in range(10) for position in range(100)}
+    values = {
+        derive_seed(seed, "noise", epoch, position)
+        for seed in range(10)
+        for epoch in range(10)
+        for position in range(100)
+    }
     assert len(values) == 10_000
-    apart = {derive_seed(1, "a", "b"), derive_seed(1, "ab"), derive_seed(1, "b", "a"), derive_seed(1, b"a", "b"), derive_seed(1, "a1"), derive_seed(1, "a", 1)}
+    apart = {
+        derive_seed(1, "a", "b"),
+        derive_seed(1, "ab"),
+        derive_seed(1, "b", "a"),
+        derive_seed(1, b"a", "b"),
+        derive_seed(1, "a1"),
+        derive_seed(1, "a", 1),
+    }
     assert len(apart) == 6
 
 
@@ -53,7 +65,9 @@ def test_global_state_is_neither_read_nor_touched() -> None:
 
 
 def test_another_process_derives_the_same() -> None:
-    code = "from shared.seeding import *; print(derive_seed(3, 'x', 4, b'y'), make_permutation(3, 'p', length=5).tolist())"
+    code = (
+        "from shared.seeding import *; print(derive_seed(3, 'x', 4, b'y'), make_permutation(3, 'p', length=5).tolist())"
+    )
     there = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
     assert there == f"{derive_seed(3, 'x', 4, b'y')} {make_permutation(3, 'p', length=5).tolist()}"
 
