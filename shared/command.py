@@ -3,6 +3,7 @@
 0 complete   64 usage or config   65 data or format   73 locked   74 I/O or disk full   75 stopped, run it again
 """
 
+import functools
 import os
 import sys
 from collections.abc import Callable
@@ -19,18 +20,29 @@ _UsageError: Any = typer.BadParameter.__mro__[1]
 def run_command(function: Callable[..., Any], arguments: list[str] | None = None) -> NoReturn:
     """Run `function` as a command line and end the process with its exit code."""
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command()(function)
+    app.command()(_interruptible(function))
     try:
         code = app(arguments, standalone_mode=False)
     except _UsageError as error:
         _fail(ConfigError(f"{error.format_message()} (--help shows the options)"))
     except ExpertsError as error:
         _fail(error)
-    except (KeyboardInterrupt, typer.Abort):
-        _fail(Stopped("interrupted; what was stored or saved stays, and the same command goes on"))
     except OSError as error:
         _fail(_explain_os_error(error))
+    except UnicodeEncodeError as error:  # LMDB, Arrow and safetensors take paths as text
+        _fail(ConfigError(f"{error.object}: names that are not UTF-8 cannot be used here"))
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _interruptible(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def run(*arguments: Any, **options: Any) -> Any:
+        try:
+            return function(*arguments, **options)
+        except KeyboardInterrupt:  # here, because typer would make an exit code of its own of it
+            raise Stopped("interrupted; what was stored or saved stays, and the same command goes on") from None
+
+    return run
 
 
 def yield_idle_threads() -> None:
