@@ -4,11 +4,11 @@ The store grows in commits of one batch; the manifest is sealed at the end, from
 build of the same pictures finds every key there, loads no weights and seals the same digest.
 """
 
-import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from cache_builder.config import BuildConfig
 from cache_builder.encode import SampleEncoder
@@ -19,11 +19,11 @@ from cache_builder.scan import Sample, Scanner
 from cache_builder.sources import Source
 from cache_builder.split import Thumbnail, held_out
 from shared.errors import DataError
-from shared.manifest import ManifestRow, ManifestSettings, Variant, seal_manifest
+from shared.manifest import ManifestRow, ManifestSettings, Variant, check_data_sets, seal_manifest
 from shared.store import StoreWriter
 from shared.text_encoders import TextFacts, read_text_facts
 from shared.vae import EncodeDtype, VaeFacts, choose_encode_dtype, read_vae_facts
-from shared.weights import find_weights
+from shared.weights import find_weights, read_json_object
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,9 @@ def build(sources: Sequence[Source], model: Path, config: BuildConfig, options: 
     report = BuildReport(manifest=options.manifest)
     for part in ("vae", "text_encoder", "text_encoder_2"):
         find_weights(model / part)  # a wrong model is said before a store is made
+    index = read_json_object(model / "model_index.json")
+    datasets = tuple(sorted({source.dataset_id for source in sources}))
+    check_data_sets(options.store, options.manifest, datasets, replace=options.replace)
     with StoreWriter(options.store, wait=options.wait) as store:
         vae, text = read_vae_facts(model), read_text_facts(model)
         dtype = _encode_dtype(config, vae, options.device)
@@ -56,10 +59,10 @@ def build(sources: Sequence[Source], model: Path, config: BuildConfig, options: 
         filler = Filler(store, config, scanner, report, encoder)
         null_key = filler.encode_captions(samples, text)
         usable = filler.encode_pictures(samples, vae)
-        _check_quarantine(config, report)
+        _check_quarantine(config, report, usable)
         split = held_out(config.split, [s.path for s in usable], [_known(s.thumbnail) for s in usable])
         report.held_out = sum(split)
-        settings = _settings(config, vae, text, dtype, null_key, sources, model)
+        settings = _settings(config, vae, text, dtype, null_key, datasets, index)
         rows = [_row(s, is_out, config, text) for s, is_out in zip(usable, split, strict=True)]
         report.digest = seal_manifest(
             options.store, options.manifest, settings, rows, replace=options.replace, allow_shrink=options.allow_shrink
@@ -77,13 +80,14 @@ def _encode_dtype(config: BuildConfig, vae: VaeFacts, device: str) -> EncodeDtyp
     return choose_encode_dtype(config.encode.dtype, vae, device.partition(":")[0])
 
 
-def _check_quarantine(config: BuildConfig, report: BuildReport) -> None:
+def _check_quarantine(config: BuildConfig, report: BuildReport, usable: Sequence[Sample]) -> None:
     count = len(report.quarantined)
-    if count > config.max_quarantined * report.seen:
+    if not usable or count > config.max_quarantined * report.seen:
         path, reason = report.quarantined[0]
+        limit = f", more than max_quarantined = {config.max_quarantined}" if usable else ""
         raise DataError(
-            f"{count} of {report.seen} pictures cannot be used (first {path}: {reason}), more than max_quarantined = "
-            f"{config.max_quarantined}; nothing was sealed, what could be encoded is stored"
+            f"{count} of {report.seen} pictures cannot be used (first {path}: {reason}){limit}; nothing was sealed, "
+            "what could be encoded is stored"
         )
 
 
@@ -93,12 +97,11 @@ def _settings(
     text: TextFacts,
     dtype: EncodeDtype,
     null_key: bytes,
-    sources: Sequence[Source],
-    model: Path,
+    datasets: tuple[str, ...],
+    index: Mapping[str, Any],
 ) -> ManifestSettings:
     declared = config.model_dump(mode="json", exclude={"encode", "max_quarantined"})
     declared["encode"] = {"dtype": dtype, "latents": config.encode.latents}
-    index = json.loads((model / "model_index.json").read_text())
     return ManifestSettings(
         vae_digest=vae.digest,
         scaling_factor=vae.scaling_factor,
@@ -111,7 +114,7 @@ def _settings(
         text_chunks=config.text.chunks,
         null_text_key=null_key.hex(),
         zeros_for_empty_prompt=bool(index.get("force_zeros_for_empty_prompt", True)),
-        datasets=tuple(sorted({source.dataset_id for source in sources})),
+        datasets=datasets,
         build=declared,
     )
 

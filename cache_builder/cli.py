@@ -1,6 +1,7 @@
 """Doors of this tower: parse, load, call one function, one line on an error. Nothing heavy is imported for --help."""
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -47,13 +48,18 @@ def _cache_build(
 
     short = [] if resolution is None else [f"images.resolution={resolution}"]
     settings = load_config(BuildConfig, config or [], [*short, *(sets or [])])
-    dataset_id = dataset or folder.resolve().name
+    dataset_id = dataset or _printable_name(folder)
     source = FolderSource(folder, dataset_id, settings.captions, settings.images.max_bytes)
     source.scan()  # a missing folder is said before a model is looked for
     model_folder = resolve_model(model, ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
     options = BuildOptions(store, manifest, device, wait, replace, allow_shrink)
     report = build([source], model_folder, settings, options)
     typer.echo(json.dumps(report.as_json(), indent=1) if as_json else report.as_text())
+
+
+def _printable_name(folder: Path) -> str:
+    """A folder's name as a data set's id, which is text."""
+    return os.fsencode(folder.resolve().name).decode("utf-8", "backslashreplace") or "root"
 
 
 def cache_build() -> None:

@@ -138,6 +138,6 @@ def _nothing_found(sources: Sequence[Source], report: BuildReport) -> str:
         reasons += [f"{path}: {reason}" for path, reason in report.quarantined[:3]]
         return f"no picture of {names} can be used: {report.seen} seen; {'; '.join(reasons)}"
     others = sum((source.passed_over for source in sources), start=type(report.skipped)())
-    kinds = ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in others.most_common(8))
+    kinds = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(8))
     seen = f"{others.total()} files seen, none of them pictures by name ({kinds})" if others else "it holds no files"
     return f"no pictures in {names}: {seen}; pictures end in {', '.join(sorted(EXTENSIONS))}"

@@ -180,9 +180,8 @@ def seal_manifest(
     ordered = sorted(rows, key=ManifestRow.order)
     digest = manifest_digest(settings, ordered)
     folder = _folder(store, name)
-    current = _sound(store, name)
-    if current is not None:
-        _check_succession(current, settings, len(ordered), replace, allow_shrink)
+    check_data_sets(store, name, settings.datasets, replace=replace)
+    _check_shrinking(_sound(store, name), len(ordered), allow_shrink)
     folder.mkdir(parents=True, exist_ok=True)
     if _sound(store, name, digest) is None:
         _write(folder, digest, settings, ordered)
@@ -218,6 +217,20 @@ def current_digest(store: Path, name: str) -> str | None:
         return None
 
 
+def check_data_sets(store: Path, name: str, datasets: Sequence[str], *, replace: bool) -> None:
+    """Require that NAME may be sealed from `datasets`: hours of encoding should not end in finding that it may not.
+
+    Raises ConfigError where NAME cannot be a name, ManifestMismatch where it holds other data sets, unless `replace`.
+    """
+    current = _sound(store, name)
+    if current is None or replace or set(current.settings.datasets) == set(datasets):
+        return
+    held, built = ", ".join(current.settings.datasets), ", ".join(datasets)
+    raise ManifestMismatch(
+        f"manifest {name!r} is of data sets {held}, this build of {built}: another --manifest, or --replace"
+    )
+
+
 def list_manifests(store: Path) -> list[str]:
     """Names of the manifests in a store."""
     return sorted(path.parent.name for path in (store / "manifests").glob("*/current.json"))
@@ -242,13 +255,8 @@ def _sound(store: Path, name: str, digest: str | None = None) -> Manifest | None
         return None
 
 
-def _check_succession(old: Manifest, settings: ManifestSettings, count: int, replace: bool, allow_shrink: bool) -> None:
-    if not replace and set(old.settings.datasets) != set(settings.datasets):
-        held, built = ", ".join(old.settings.datasets), ", ".join(settings.datasets)
-        raise ManifestMismatch(
-            f"manifest {old.name!r} is of data sets {held}, this build of {built}: another --manifest, or --replace"
-        )
-    if not allow_shrink and count < 0.9 * len(old):
+def _check_shrinking(old: Manifest | None, count: int, allow_shrink: bool) -> None:
+    if old is not None and not allow_shrink and count < 0.9 * len(old):
         raise ManifestMismatch(
             f"manifest {old.name!r} has {len(old)} samples and would keep {count}: is a disk missing? "
             "If this is meant, --allow-shrink"

@@ -48,7 +48,7 @@ class Snapshot:
     """One read transaction: everything read in it is of one moment. Lives for one batch at most."""
 
     def __init__(self, transaction: Any) -> None:
-        self._transaction = transaction
+        self._transaction: Any = transaction
 
     def has(self, key: bytes) -> bool:
         """Whether a record is stored under `key`; does not read it."""
@@ -78,6 +78,11 @@ class Snapshot:
             np.copyto(target.reshape(-1).view(np.uint8), source.reshape(-1).view(np.uint8))
         return record.meta
 
+    def end(self) -> None:
+        """End the transaction and let go of it: an object kept alive keeps a reader's slot, which a fork would share."""
+        self._transaction.abort()
+        self._transaction = None
+
     def _view(self, key: bytes) -> memoryview:
         view: memoryview | None = self._transaction.get(key)
         if view is None:
@@ -99,11 +104,11 @@ class _Environment:
     def snapshot(self) -> Iterator[Snapshot]:
         """A consistent view for the length of the block; what is read in it is copied, nothing points into the map."""
         with _translated(self.path):
-            transaction = self._begin()
+            snapshot = Snapshot(self._begin())
             try:
-                yield Snapshot(transaction)
+                yield snapshot
             finally:
-                transaction.abort()
+                snapshot.end()
 
     def close_environment(self) -> None:
         """Close LMDB in this process; the next use opens it again."""

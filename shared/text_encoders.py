@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 from shared.conditioning import TEXT_LENGTH
 from shared.errors import DataError
-from shared.weights import bytes_digest, find_weights, read_component_config, weights_digest, weights_variant
+from shared.weights import (
+    bytes_digest,
+    find_weights,
+    read_component_config,
+    read_json_object,
+    weights_digest,
+    weights_variant,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -50,14 +57,21 @@ def read_text_facts(model: Path) -> TextFacts:
     digests = {name: weights_digest(_folder(model, name), _SETTINGS, "text_model.") for name in _TOWERS}
     digests |= {name: tokenizer_digest(_folder(model, name)) for name in _TOKENIZERS}
     first, second = (read_component_config(model / name) for name in _TOWERS)
-    return TextFacts(digests, (int(first["hidden_size"]), int(second["hidden_size"])), int(second["projection_dim"]))
+    try:
+        widths = (int(first["hidden_size"]), int(second["hidden_size"]))
+        return TextFacts(digests, widths, int(second["projection_dim"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{model}: text_encoder*/config.json are not those of CLIP text encoders: {error!r}") from None
 
 
 def tokenizer_digest(folder: Path) -> str:
-    """Digest of a tokenizer's vocabulary, merges and padding; how its files are laid out does not count."""
-    vocabulary, merges = _vocabulary(folder)
-    parts = [json.dumps(sorted(vocabulary.items())).encode(), json.dumps(merges).encode(), _pad_token(folder).encode()]
-    return bytes_digest(parts)
+    """Digest of a tokenizer's vocabulary, merges and special tokens; how its files are laid out does not count."""
+    try:
+        vocabulary, merges = _vocabulary(folder)
+        parts = [sorted(vocabulary.items()), merges, *_special_tokens(folder)]
+    except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise DataError(f"{folder} is not a CLIP tokenizer: {error!r}") from None
+    return bytes_digest(json.dumps(part).encode() for part in parts)
 
 
 class TextEncoders:
@@ -125,13 +139,16 @@ def _token_ids(tokenizer: Any, caption: str) -> list[int]:
 def _load_tower(cls: Any, folder: Path, device: "torch.device") -> Any:
     import torch
 
-    tower, report = cls.from_pretrained(
-        folder,
-        dtype=torch.float32,
-        use_safetensors=True,
-        variant=weights_variant(folder),
-        output_loading_info=True,
-    )
+    try:
+        tower, report = cls.from_pretrained(
+            folder,
+            dtype=torch.float32,
+            use_safetensors=True,
+            variant=weights_variant(folder),
+            output_loading_info=True,
+        )
+    except (ValueError, RuntimeError) as error:
+        raise DataError(f"{folder} cannot be loaded: {error}") from None
     if report["missing_keys"]:
         raise DataError(f"{folder} lacks weights of {sorted(report['missing_keys'])[0]}: the folder is incomplete")
     return tower.to(device).eval().requires_grad_(False)
@@ -147,21 +164,22 @@ def _folder(model: Path, name: str) -> Path:
 
 
 def _vocabulary(folder: Path) -> tuple[dict[str, int], list[list[str]]]:
-    if (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
-        lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
-        merges = [line.split() for line in lines if line and not line.startswith("#version")]
-        return json.loads((folder / "vocab.json").read_text(encoding="utf-8")), merges
-    if not (folder / "tokenizer.json").exists():
-        raise DataError(f"{folder} holds neither vocab.json and merges.txt nor tokenizer.json")
-    model = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]
-    merges = [pair.split() if isinstance(pair, str) else list(pair) for pair in model["merges"]]
-    return model["vocab"], merges
+    if (folder / "tokenizer.json").exists():  # where there are both, this is the file that transformers 5 reads
+        model = read_json_object(folder / "tokenizer.json")["model"]
+        merges = [pair.split() if isinstance(pair, str) else list(pair) for pair in model["merges"]]
+        return model["vocab"], merges
+    if not ((folder / "vocab.json").exists() and (folder / "merges.txt").exists()):
+        raise DataError(f"{folder} holds neither tokenizer.json nor vocab.json and merges.txt")
+    lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
+    merges = [line.split() for line in lines if line and not line.startswith("#version")]
+    return read_json_object(folder / "vocab.json"), merges
 
 
-def _pad_token(folder: Path) -> str:
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+def _special_tokens(folder: Path) -> list[str]:
+    tokens = dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token"), "<|endoftext|>")
+    tokens["bos_token"] = "<|startoftext|>"
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):  # the second wins
         if (folder / name).exists():
-            token = json.loads((folder / name).read_text(encoding="utf-8")).get("pad_token")
-            if token is not None:
-                return str(token["content"] if isinstance(token, dict) else token)
-    return "<|endoftext|>"
+            named = {key: value for key, value in read_json_object(folder / name).items() if key in tokens and value}
+            tokens |= {key: str(t["content"] if isinstance(t, dict) else t) for key, t in named.items()}
+    return list(tokens.values())

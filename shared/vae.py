@@ -49,13 +49,16 @@ def read_vae_facts(model: Path) -> VaeFacts:
         raise DataError(f"{folder} is a {config.get('_class_name')}; this program encodes with an AutoencoderKL")
     if any(config.get(key) is not None for key in ("shift_factor", "latents_mean", "latents_std")):
         raise DataError(f"{folder} shifts its latents, which no SDXL-layout UNet is trained on")
-    return VaeFacts(
-        digest=weights_digest(folder, _SETTINGS),
-        scaling_factor=float(config.get("scaling_factor", 0.18215)),
-        latent_channels=int(config.get("latent_channels", 4)),
-        downscale=2 ** (len(config["block_out_channels"]) - 1),
-        force_upcast=bool(config.get("force_upcast", True)),
-    )
+    try:
+        return VaeFacts(
+            digest=weights_digest(folder, _SETTINGS),
+            scaling_factor=float(config.get("scaling_factor", 0.18215)),
+            latent_channels=int(config.get("latent_channels", 4)),
+            downscale=2 ** (len(config["block_out_channels"]) - 1),
+            force_upcast=bool(config.get("force_upcast", True)),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{folder}/config.json is not that of an AutoencoderKL: {error!r}") from None
 
 
 def choose_encode_dtype(setting: str, facts: VaeFacts, device_type: str) -> EncodeDtype:
@@ -84,9 +87,12 @@ class Vae:
         self.dtype = getattr(torch, dtype)
         self.device = torch.device(device)
         variant = weights_variant(folder)
-        vae, report = AutoencoderKL.from_pretrained(
-            folder, use_safetensors=True, variant=variant, dtype=self.dtype, output_loading_info=True
-        )
+        try:
+            vae, report = AutoencoderKL.from_pretrained(
+                folder, use_safetensors=True, variant=variant, dtype=self.dtype, output_loading_info=True
+            )
+        except (ValueError, RuntimeError) as error:
+            raise DataError(f"{folder} cannot be loaded: {error}") from None
         if report["missing_keys"]:
             raise DataError(f"{folder} lacks weights of {sorted(report['missing_keys'])[0]}: the folder is incomplete")
         self._vae: Any = vae

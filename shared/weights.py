@@ -40,7 +40,18 @@ def weights_variant(folder: Path) -> str | None:
 
 def read_component_config(folder: Path) -> dict[str, Any]:
     """The config.json of a component's folder; raises DataError where there is none."""
-    return _read_json(folder / "config.json")
+    return read_json_object(folder / "config.json")
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file of a model; raises DataError where there is none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{path} cannot be read: {error}") from None
+    if not isinstance(content, dict):
+        raise DataError(f"{path} cannot be read: no JSON object")
+    return content
 
 
 def weights_digest(folder: Path, config_keys: Mapping[str, Any], strip_prefix: str = "") -> str:
@@ -69,20 +80,10 @@ def bytes_digest(parts: Iterable[bytes]) -> str:
 
 
 def _shards(index: Path) -> list[Path]:
-    weight_map = _read_json(index).get("weight_map")
+    weight_map = read_json_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise DataError(f"{index} names no files of weights")
     return [index.with_name(Path(str(shard)).name) for shard in sorted(set(weight_map.values()), key=str)]
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{path} cannot be read: {error}") from None
-    if not isinstance(content, dict):
-        raise DataError(f"{path} cannot be read: no JSON object")
-    return content
 
 
 def _tensors(files: list[Path], strip_prefix: str) -> Iterable[tuple[str, dict[str, Any], memoryview]]:

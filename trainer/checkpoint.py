@@ -145,6 +145,18 @@ def resumable_checkpoint(run: Path, on_bad: Callable[[str], None]) -> Checkpoint
     return checkpoint
 
 
+def set_aside_newer(checkpoint: Checkpoint) -> None:
+    """Rename checkpoints newer than the one that a run goes on with: they do not verify, and must not count as kept.
+
+    They are removed when the next one has been saved.
+    """
+    for path in list_checkpoints(checkpoint.path.parent.parent):
+        if path.name > checkpoint.path.name:
+            aside = path.with_name(f"damaged-{path.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            os.rename(path, aside)
+
+
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """Tensors of a safetensors file on the CPU; raises CheckpointError where it cannot be read."""
     from safetensors import SafetensorError
@@ -159,7 +171,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 def _rotate(parent: Path, keep: int) -> None:
     paths = list_checkpoints(parent.parent)
-    for path in paths[keep:]:
+    for path in (*paths[keep:], *parent.glob("damaged-*")):
         gone = parent / f".removing-{path.name}"
         os.rename(path, gone)  # so that nobody meets a half-removed checkpoint under its name
         shutil.rmtree(gone)

@@ -48,26 +48,30 @@ class BatchReader:
     def read(self, micro: MicroBatch) -> Batch:
         """The batch of `micro`; a sample that cannot be read is replaced by the next of its bucket that can.
 
-        Raises DataError once more than a thousandth of the manifest (and more than one sample) is corrupt.
+        Which one that is depends on the store and the place alone, not on what was met before: a resumed run replaces
+        as an unbroken one does. Raises DataError once more than a thousandth of the manifest (and more than one sample)
+        is corrupt.
         """
+        indices = list(micro.rows)
         while True:
             try:
-                return self._fill(micro, [self._sound(micro.bucket_hw, row) for row in micro.rows])
+                return self._fill(micro, indices)
             except _CorruptSample as error:
-                self._note(error)
+                self._note(error, indices[error.index])
+                indices[error.index] = self._next(micro, error.index, indices[error.index])
 
     def _fill(self, micro: MicroBatch, indices: list[int]) -> Batch:
         rows = self._manifest.rows(indices)
         mean, logvar, embeds, pooled = self._buffers(micro.bucket_hw, len(rows))
         with self._store.snapshot() as snapshot:
-            for i, (index, row, place) in enumerate(zip(indices, rows, micro.places(), strict=True)):
+            for i, (row, place) in enumerate(zip(rows, micro.places(), strict=True)):
                 latents = {"mean": mean[i].numpy()} | ({} if logvar is None else {"logvar": logvar[i].numpy()})
                 text = {"prompt_embeds": embeds[i].numpy(), "pooled_prompt_embeds": pooled[i].numpy()}
                 try:
                     snapshot.copy_into(row.variants[0].latent_key, latents)
                     self._copy_text(snapshot, row, place, text)
                 except RecordCorrupt as error:
-                    raise _CorruptSample(index, row.path, str(error)) from None
+                    raise _CorruptSample(i, row.path, str(error)) from None
         time_ids = self._empty(len(rows), 6, dtype=torch.float32)
         for i, row in enumerate(rows):
             time_ids[i] = _micro_conditioning(row).time_ids()
@@ -98,20 +102,19 @@ class BatchReader:
     def _uniform(self, what: str, place: tuple[int, int]) -> float:
         return derive_seed(self._seed, what, *place) / 2**63
 
-    def _sound(self, bucket_hw: tuple[int, int], row: int) -> int:
-        """`row`, or the next sound row of its bucket: the same whenever the same records are corrupt."""
-        if row not in self._corrupt:
-            return row
-        rows = self._rows_of[bucket_hw].rows
-        start = int(rows.searchsorted(row))
-        for step in range(1, len(rows)):
-            candidate = int(rows[(start + step) % len(rows)])
-            if candidate not in self._corrupt:
-                return candidate
-        raise DataError(f"every sample of bucket {bucket_hw[0]} x {bucket_hw[1]} is corrupt; build the store again")
+    def _next(self, micro: MicroBatch, index: int, row: int) -> int:
+        """The row after `row` in its bucket, round to the one that sample `index` began with."""
+        rows = self._rows_of[micro.bucket_hw].rows
+        following = int(rows[(int(rows.searchsorted(row)) + 1) % len(rows)])
+        if following == micro.rows[index]:
+            h, w = micro.bucket_hw
+            raise DataError(f"every sample of bucket {h} x {w} is corrupt; build the store again")
+        return following
 
-    def _note(self, error: "_CorruptSample") -> None:
-        self._corrupt.add(error.row)
+    def _note(self, error: "_CorruptSample", row: int) -> None:
+        if row in self._corrupt:
+            return
+        self._corrupt.add(row)
         self._on_corrupt(error.path, error.reason)
         if len(self._corrupt) > max(1.0, MAX_CORRUPT_SHARE * len(self._manifest)):
             raise DataError(
@@ -121,9 +124,9 @@ class BatchReader:
 
 
 class _CorruptSample(Exception):
-    def __init__(self, row: int, path: str, reason: str) -> None:
+    def __init__(self, index: int, path: str, reason: str) -> None:
         super().__init__(reason)
-        self.row, self.path, self.reason = row, path, reason
+        self.index, self.path, self.reason = index, path, reason  # index: in its micro-batch
 
 
 def prefetch(read: Callable[[int], Batch], start: int) -> Generator[Batch, None, None]:

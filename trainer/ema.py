@@ -5,6 +5,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from shared.errors import CheckpointError
+
 
 class Ema:
     """shadow <- d shadow + (1 - d) weights after each step, d = min(decay, (1 + n) / (10 + n)) while n is small."""
@@ -28,6 +30,8 @@ class Ema:
 
     @torch.no_grad()
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Take over averaged weights; raises KeyError where one is missing."""
+        """Take over averaged weights; raises CheckpointError where one is missing or of another shape."""
         for name, shadow in zip(self._names, self._shadow, strict=True):
+            if name not in state or state[name].shape != shadow.shape:
+                raise CheckpointError(f"the averaged weights hold no {name} of shape {tuple(shadow.shape)}")
             shadow.copy_(state[name])

@@ -20,7 +20,7 @@ from shared.lease import Lease
 from shared.manifest import Manifest, current_digest, open_manifest
 from shared.progress import say
 from shared.runlog import RunLog
-from trainer.checkpoint import Checkpoint, resumable_checkpoint
+from trainer.checkpoint import Checkpoint, resumable_checkpoint, set_aside_newer
 from trainer.config import MAY_CHANGE, ExpertConfig, resolve_null_prompt
 from trainer.sampler import Order
 from trainer.unet import choose_layout, read_unet_config, unet_digest
@@ -75,7 +75,7 @@ def open_run(request: Request) -> Run:
     """
     folder = request.output
     is_new = not (folder / "expert.json").exists()
-    if is_new and folder.exists() and {path.name for path in folder.iterdir()} - {"run.lock", "config.toml"}:
+    if is_new and folder.exists() and _is_foreign(folder):
         raise ConfigError(f"{folder} is not empty and no run: name a new folder with --output")
     if is_new:
         manifest = open_manifest(request.store, request.move_to_manifest or request.manifest)
@@ -83,10 +83,20 @@ def open_run(request: Request) -> Run:
         folder.mkdir(parents=True, exist_ok=True)
     lease = Lease(folder / "run.lock", f"run {folder} is being trained")
     try:
-        return _begin(request, card, manifest, lease) if is_new else _go_on(request, lease)
+        if is_new and not (folder / "expert.json").exists():  # another process may have begun it in the meantime
+            return _begin(request, card, manifest, lease)
+        return _go_on(request, lease)
     except BaseException:
         lease.release()
         raise
+
+
+def _is_foreign(folder: Path) -> bool:
+    """Whether a folder holds anything but what a run leaves that was killed while it began."""
+    if not folder.is_dir():
+        return True
+    names = {path.name for path in folder.iterdir() if not (path.name.startswith(".") and path.suffix == ".tmp")}
+    return bool(names - {"run.lock", "config.toml"})
 
 
 def _begin(request: Request, card: ExpertCard, manifest: Manifest, lease: Lease) -> Run:
@@ -113,15 +123,19 @@ def _go_on(request: Request, lease: Lease) -> Run:
         log.write("bad_checkpoint", why=why)
 
     checkpoint = resumable_checkpoint(folder, pass_over)
+    if checkpoint is not None:
+        set_aside_newer(checkpoint)
     step = checkpoint.state.step if checkpoint else 0
     card = _with_manifests(card, tuple(use for use in card.facts.manifests if use.from_step <= step))
     if request.move_to_manifest:
+        before = card.facts.manifests[-1].digest
         manifest, card = _move(request, card, checkpoint)
-        log.write("move", manifest=manifest.name, digest=manifest.digest, step=step)
+        if manifest.digest != before:
+            log.write("move", manifest=manifest.name, digest=manifest.digest, step=step)
     else:
         manifest = _same_manifest(request, card)
-    for key, (before, after) in changes.items():
-        log.write("config", key=key, before=before, after=after)
+    for key, (was, now) in changes.items():
+        log.write("config", key=key, before=was, after=now)
     write_config(folder, request.config)
     write_card(folder, card)
     log.write("resume", step=step, digest=manifest.digest)

@@ -1,6 +1,5 @@
 """The only door to UNet2DConditionModel: loads an expert's UNet, tells its layout, and feeds it in that layout."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from shared.conditioning import Layout, PromptEmbeds, layout_embeds, layout_time_ids
 from shared.errors import ContractError, DataError
-from shared.weights import find_weights, weights_digest, weights_variant
+from shared.weights import find_weights, read_component_config, weights_digest, weights_variant
 
 # Settings that change what the same tensors compute, with the defaults of versions that do not write them.
 _SETTINGS = {
@@ -32,7 +31,7 @@ _SETTINGS = {
 def read_unet_config(folder: Path) -> dict[str, Any]:
     """The settings in a UNet's folder; raises DataError where it is not a UNet2DConditionModel in safetensors."""
     find_weights(folder)
-    config: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    config = read_component_config(folder)
     if config.get("_class_name") != "UNet2DConditionModel":
         raise DataError(f"{folder} is a {config.get('_class_name')}, not a UNet2DConditionModel")
     return config
@@ -47,8 +46,8 @@ def choose_layout(config: dict[str, Any], text_widths: tuple[int, int], pooled_w
     """The layout in which this UNet takes embeds of these widths; raises ContractError where it takes none."""
     if config.get("addition_embed_type") != "text_time":
         raise ContractError("the UNet takes no size conditioning (addition_embed_type is not 'text_time'): not SDXL")
-    id_width = int(config["addition_time_embed_dim"])
-    takes = (config["cross_attention_dim"], config["projection_class_embeddings_input_dim"])
+    id_width = int(config.get("addition_time_embed_dim") or 0)
+    takes = (config.get("cross_attention_dim"), config.get("projection_class_embeddings_input_dim"))
     layouts: dict[Layout, tuple[int, int]] = {
         "sdxl": (sum(text_widths), pooled_width + 6 * id_width),
         "sdxl-refiner": (text_widths[1], pooled_width + 5 * id_width),
@@ -63,11 +62,15 @@ def choose_layout(config: dict[str, Any], text_widths: tuple[int, int], pooled_w
 
 
 def load_unet(folder: Path, device: torch.device, dtype: torch.dtype = torch.float32) -> Any:
-    """The UNet in `folder` on `device`, in evaluation mode."""
+    """The UNet in `folder` on `device`, in evaluation mode; raises DataError where tensors are missing."""
     from diffusers import UNet2DConditionModel
 
     variant = weights_variant(folder)
-    unet: Any = UNet2DConditionModel.from_pretrained(folder, use_safetensors=True, variant=variant, dtype=dtype)
+    unet, report = UNet2DConditionModel.from_pretrained(
+        folder, use_safetensors=True, variant=variant, dtype=dtype, output_loading_info=True
+    )
+    if report["missing_keys"]:
+        raise DataError(f"{folder} lacks weights of {sorted(report['missing_keys'])[0]}: the folder is incomplete")
     return unet.to(device).eval()
 
 

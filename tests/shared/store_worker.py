@@ -1,4 +1,4 @@
-"""The other processes of the store's tests: `python store_worker.py COMMAND STORE [ARGUMENT...]` prints one JSON object.
+"""The other processes of the store's tests: `python store_worker.py COMMAND STORE [ARGUMENT...]` prints JSON.
 
 Kept free of torch, so that a fork costs a millisecond. Records are a function of their number: whoever reads one knows
 what it must hold.
@@ -68,7 +68,7 @@ def forked(work: Callable[[], int]) -> int:
         code = TRACEBACK
         try:
             code = work()
-        except BaseException:
+        except BaseException:  # noqa: BLE001 - told, and then the child ends whatever it was
             sys.excepthook(*sys.exc_info())
         finally:
             os._exit(code)
@@ -98,37 +98,40 @@ def check_all(store: Path, numbers: Sequence[int], most_bytes: int) -> int:
 
 def kill_loop(store: Path, kills: int, seed: int) -> dict[str, int]:
     """kill -9 of a writer in its commit loop; what it said was stored must be there and right, always."""
-    source, most, acknowledged, result = random.Random(seed), 60_000, set(), Counter()
+    source, most, result = random.Random(seed), 60_000, Counter()
+    acknowledged: set[int] = set()
+
+    def write(first: int, ack: int) -> int:
+        with StoreWriter(store) as writer:
+            for number in range(first, first + 10_000, 4):
+                writer.put_many([record_of(n, most) for n in range(number, number + 4)])
+                os.write(ack, f"{number}\n".encode())
+        return 0
+
+    def check(numbers: Sequence[int]) -> bool:
+        return in_child(lambda: check_present(store, numbers, acknowledged, most)) == RIGHT
+
     for _ in range(kills):
-        read_end, write_end = os.pipe()
         first = max(acknowledged, default=-1) + 1
-
-        def write(first: int = first, ack: int = write_end) -> int:
-            with StoreWriter(store) as writer:
-                for number in range(first, first + 10_000, 4):
-                    writer.put_many([record_of(n, most) for n in range(number, number + 4)])
-                    os.write(ack, f"{number}\n".encode())
-            return 0
-
-        pid = forked(write)
+        read_end, write_end = os.pipe()
+        pid = forked(lambda first=first, ack=write_end: write(first, ack))
         os.close(write_end)
         time.sleep(source.uniform(0.005, 0.08))
         os.kill(pid, signal.SIGKILL)
         result["killed"] += status_of(pid) == -signal.SIGKILL
         with os.fdopen(read_end) as pipe:
-            acks = [int(line) for line in pipe.read().split()]
-        acknowledged |= {number + i for number in acks for i in range(4)}
-        code = in_child(lambda: check_present(store, max(acknowledged, default=-1) + 5, acknowledged, most))
-        result["faults"] += code != RIGHT
+            acknowledged |= {int(line) + i for line in pipe.read().split() for i in range(4)}
+        result["faults"] += not check(range(first, max(acknowledged, default=-1) + 6))  # and what it did not say
+    result["faults"] += not check(range(max(acknowledged) + 6))
     return {**result, "acknowledged": len(acknowledged)}
 
 
-def check_present(store: Path, end: int, acknowledged: set[int], most_bytes: int) -> int:
+def check_present(store: Path, numbers: Sequence[int], acknowledged: set[int], most_bytes: int) -> int:
     """Acknowledged records are there; what else is there is right too."""
     if not (store / "store.json").exists() and not acknowledged:
         return RIGHT
     with StoreReader(store) as reader, reader.snapshot() as snapshot:
-        for number in range(end):
+        for number in numbers:
             present = snapshot.has(key_of(number))
             if (number in acknowledged and not present) or (present and not is_right(snapshot, number, most_bytes)):
                 return SILENT
@@ -157,55 +160,55 @@ def kill_creation(folder: Path, kills: int) -> dict[str, int]:
 
 def damage(store: Path, kind: str, count: int, seed: int) -> dict[str, int]:
     """Damage data.mdb in place, read everything in a child, and heal it again."""
+    time.sleep = lambda seconds: None  # the pre-flight waits before it looks again
     data, source, result = store / "data.mdb", random.Random(seed), Counter()
     numbers, most = range(120), 9000
     with StoreWriter(store) as writer:
         for first in numbers[::10]:
             writer.put_many([record_of(number, most) for number in range(first, first + 10)])
     sound = data.read_bytes()
-    pages = [sound[at : at + PAGE_BYTES] for at in range(0, len(sound), PAGE_BYTES)]
-    tree = _tree_pages(pages)
+    tree = _tree_pages(sound)
     for _ in range(count):
-        data.write_bytes(_damaged(kind, sound, tree, source))
+        with data.open("r+b") as file:
+            for at, changed in _damage(kind, sound, tree, source):
+                file.seek(at)
+                file.write(changed) if changed else file.truncate()
         code = in_child(lambda: check_all(store, numbers, most))
         result[_NAMES.get(code, f"signal {-code}")] += 1
-    data.write_bytes(sound)
-    result["sound_after"] = in_child(lambda: check_all(store, numbers, most))
-    return {"tree_pages": len(tree), "pages": len(pages), **result}
+        with data.open("r+b") as file:
+            file.write(sound)
+    result["sound_after"] = int(in_child(lambda: check_all(store, numbers, most)) == RIGHT)
+    return {"tree_pages": len(tree), "pages": len(sound) // PAGE_BYTES, **result}
 
 
 _NAMES = {RIGHT: "right", REFUSED: "refused", SILENT: "silent", TRACEBACK: "traceback"}
 
 
-def _tree_pages(pages: list[bytes]) -> list[int]:
-    """Branch and leaf pages; overflow pages say how many follow them, which are raw."""
+def _tree_pages(sound: bytes) -> list[int]:
+    """Branch and leaf pages; overflow pages say how many they are, and those that follow the first are raw."""
     tree, at = [], 2
-    while at < len(pages):
-        flags = int.from_bytes(pages[at][10:12], "little")
-        if flags & 4:
-            at += int.from_bytes(pages[at][12:16], "little")
-        else:
-            tree += [at] if flags & 3 else []
-            at += 1
+    while at * PAGE_BYTES < len(sound):
+        page = sound[at * PAGE_BYTES :][:16]
+        flags = int.from_bytes(page[10:12], "little")
+        tree += [at] if flags & 3 else []
+        at += int.from_bytes(page[12:16], "little") if flags & 4 else 1
     return tree
 
 
-def _damaged(kind: str, sound: bytes, tree: list[int], source: random.Random) -> bytes:
-    changed = bytearray(sound)
-    if kind in ("payload", "tree", "anywhere", "meta"):
-        others = sorted(set(range(2, len(sound) // PAGE_BYTES)) - set(tree))
-        pages = {"payload": others, "tree": tree, "meta": [0, 1], "anywhere": range(len(sound) // PAGE_BYTES)}[kind]
-        at = source.choice(pages) * PAGE_BYTES + source.randrange(152 if kind == "meta" else PAGE_BYTES)
-        changed[at] ^= 1 << source.randrange(8)
-    elif kind == "zeroed":
-        at = source.randrange(len(sound) // PAGE_BYTES) * PAGE_BYTES
-        changed[at : at + PAGE_BYTES] = bytes(PAGE_BYTES)
-    elif kind == "swapped":
-        a, b = (at * PAGE_BYTES for at in source.sample(range(len(sound) // PAGE_BYTES), 2))
-        changed[a : a + PAGE_BYTES], changed[b : b + PAGE_BYTES] = sound[b : b + PAGE_BYTES], sound[a : a + PAGE_BYTES]
-    elif kind == "truncated":
-        del changed[source.randrange(len(sound)) :]
-    return bytes(changed)
+def _damage(kind: str, sound: bytes, tree: list[int], source: random.Random) -> list[tuple[int, bytes]]:
+    """What to write where; nothing cuts the file there."""
+    count = len(sound) // PAGE_BYTES
+    pages = {"meta": [0, 1], "tree": tree, "payload": sorted(set(range(2, count)) - set(tree))}.get(kind, range(count))
+    at = source.choice(pages) * PAGE_BYTES
+    if kind == "zeroed":
+        return [(at, bytes(PAGE_BYTES))]
+    if kind == "swapped":
+        other = source.choice(pages) * PAGE_BYTES
+        return [(at, sound[other : other + PAGE_BYTES]), (other, sound[at : at + PAGE_BYTES])]
+    if kind == "truncated":
+        return [(source.randrange(len(sound)), b"")]
+    at += source.randrange(152 if kind == "meta" else PAGE_BYTES)
+    return [(at, bytes([sound[at] ^ 1 << source.randrange(8)]))]
 
 
 def fill_small_map(store: Path, rounds: int) -> dict[str, int]:
@@ -439,10 +442,10 @@ def full_disk(mount_point: Path, margin_bytes: int) -> dict[str, int]:
                     except StoreFull as error:
                         result["full"] += 1
                         result["exit_code"] = error.exit_code
-        except StoreFull as error:
+        except StoreFull:
             result["refused_to_open"] += 1
-        result["kept"] += in_child(lambda: check_all(store, range(known), most)) == RIGHT
-        result[f"records_{len(result)}"] = known
+        result["kept"] += in_child(lambda known=known: check_all(store, range(known), most)) == RIGHT
+        result[f"records_{size_mib}"] = known
         if size_mib:
             subprocess.run(["mount", "-o", f"remount,size={size_mib}m", str(mount_point)], check=True)
     return dict(result)
@@ -548,7 +551,7 @@ def main() -> int:
     except ExpertsError as error:
         sys.stderr.write(f"{type(error).__name__}: {error}\n")
         return error.exit_code
-    print(json.dumps(result))
+    sys.stdout.write(json.dumps(result) + "\n")
     return 0
 
 

@@ -7,6 +7,7 @@ from typing import Literal
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import Field
 
 from shared.config import Config, dump_config, flatten, load_config, merge, read_toml, validate
 from shared.errors import ConfigError
@@ -26,7 +27,7 @@ class Expert(Config):
     name: str = "base"
     seed: int = 0
     kind: Literal["full", "lora"] = "full"
-    timesteps: dict[str, int] = {"low": 0, "high": 1000}
+    timesteps: dict[str, int] = Field(default={"low": 0, "high": 1000})
     optimizer: Optimizer = Optimizer()
     warmup: Optimizer | None = None
     sources: tuple[Source, ...] = ()

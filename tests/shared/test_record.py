@@ -99,7 +99,7 @@ def test_the_frame_is_as_documented() -> None:
     assert HEADER_AT + header_length + payload_length == len(data)
     header = msgpack.Unpacker(raw=False)
     header.feed(data[HEADER_AT:])
-    assert [row[:3] for row in header.unpack()["tensors"]][0] == ["mean", "float16", [4, 9, 7]]
+    assert header.unpack()["tensors"][0][:3] == ["mean", "float16", [4, 9, 7]]
 
 
 # --- what was touched ---
@@ -286,7 +286,7 @@ def test_lengths_that_lie_under_a_right_checksum(length_at: int, value: int) -> 
 
 
 def test_a_newer_frame_says_update() -> None:
-    with pytest.raises(RecordCorrupt, match="frame version 2.*update"):
+    with pytest.raises(RecordCorrupt, match=r"frame version 2.*update"):
         decode_record(KEY, framed(packed(), version=2))
 
 

@@ -2,6 +2,7 @@
 
 import math
 import random
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -277,7 +278,7 @@ def test_two_experts_are_disjoint_and_complete_for_any_boundary(boundary: int, c
 @given(st.sets(st.integers(1, T - 1), max_size=6), st.randoms(use_true_random=False))
 def test_any_cuts_tile_and_each_timestep_has_one_expert(cuts: set[int], order: random.Random) -> None:
     edges = [0, *sorted(cuts), T]
-    parts = [TimestepRange(*pair) for pair in zip(edges, edges[1:], strict=False)]
+    parts = [TimestepRange(*pair) for pair in pairwise(edges)]
     order.shuffle(parts)
     check_partition(parts, T)
     for t in [0, T - 1, *cuts, *(cut - 1 for cut in cuts), *(cut - 0.5 for cut in cuts)]:

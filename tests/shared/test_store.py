@@ -1,0 +1,276 @@
+"""The store through its front door: what is put is read, by anybody, and what is not a store is refused."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import lmdb
+import numpy as np
+import pytest
+
+from shared.errors import RecordCorrupt, StoreFormat, StoreFull, StoreMissing
+from shared.record import encode_record
+from shared.store import StoreReader, StoreWriter
+
+KEYS = [bytes([number]) * 16 for number in range(8)]
+
+
+def tensors(number: int) -> dict[str, np.ndarray]:
+    source = np.random.default_rng(number)
+    return {"mean": source.standard_normal((4, 6, 5)).astype(np.float16), "ids": np.arange(number)}
+
+
+def framed(number: int) -> tuple[bytes, bytes]:
+    return KEYS[number], encode_record(KEYS[number], "test", tensors(number), {"number": number})
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    with StoreWriter(tmp_path / "store") as writer:
+        assert writer.put_many([framed(number) for number in range(4)]) == 4
+    return tmp_path / "store"
+
+
+def test_what_is_put_is_read(store: Path) -> None:
+    with StoreReader(store) as reader, reader.snapshot() as snapshot:
+        for number in range(4):
+            record = snapshot.read(KEYS[number])
+            assert (record.kind, record.meta) == ("test", {"number": number})
+            assert all(np.array_equal(record.tensors[name], tensors(number)[name]) for name in ("mean", "ids"))
+
+
+def test_copies_outlive_snapshot_and_store(store: Path) -> None:
+    target = np.zeros((4, 6, 5), np.float16)
+    with StoreReader(store) as reader:
+        with reader.snapshot() as snapshot:
+            record = snapshot.read(KEYS[1])
+            meta = snapshot.copy_into(KEYS[1], {"mean": target})
+        assert snapshot._transaction is None
+    with StoreWriter(store) as writer:  # moves pages about
+        writer.put_many([framed(number) for number in range(4, 8)])
+    expected = tensors(1)["mean"]
+    assert np.array_equal(target, expected)
+    assert np.array_equal(record.tensors["mean"], expected)
+    assert (meta, record.meta) == ({"number": 1}, {"number": 1})
+
+
+def test_targets_may_be_rows_of_a_batch_and_hold_nothing_or_one(store: Path) -> None:
+    with StoreWriter(store) as writer:
+        scalar = encode_record(KEYS[5], "k", {"one": np.float32(3), "none": np.zeros((0, 3), np.float32)}, {})
+        writer.put_many([(KEYS[5], scalar)])
+        batch = np.zeros((3, 4, 6, 5), np.float16)
+        one, none = np.zeros((), np.float32), np.zeros((0, 3), np.float32)
+        with writer.snapshot() as snapshot:
+            snapshot.copy_into(KEYS[2], {"mean": batch[1]})
+            snapshot.copy_into(KEYS[5], {"one": one, "none": none})
+    assert np.array_equal(batch[1], tensors(2)["mean"])
+    assert not batch[[0, 2]].any()
+    assert one == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "target"),
+    [
+        ("mean", np.zeros((4, 6, 5), np.float32)),
+        ("mean", np.zeros((4, 5, 6), np.float16)),
+        ("mean", np.zeros((120,), np.float16)),
+        ("mean", np.zeros((4, 6, 5), np.int16)),
+        ("logvar", np.zeros((4, 6, 5), np.float16)),
+    ],
+)
+def test_other_tensors_than_the_targets_are_named(store: Path, name: str, target: np.ndarray) -> None:
+    with StoreReader(store) as reader, reader.snapshot() as snapshot:
+        with pytest.raises(RecordCorrupt, match=f"{KEYS[1].hex()}.*{name}"):
+            snapshot.copy_into(KEYS[1], {name: target})
+    assert not target.any()
+
+
+def test_a_target_that_would_be_copied_is_refused(store: Path) -> None:
+    """Reshaping an array that is not contiguous copies it: the tensor would be written nowhere."""
+    target = np.zeros((4, 6, 10), np.float16)[:, :, ::2]
+    with StoreReader(store) as reader, reader.snapshot() as snapshot:
+        with pytest.raises(ValueError, match="C-contiguous"):
+            snapshot.copy_into(KEYS[1], {"mean": target})
+
+
+def test_an_absent_key_is_named(store: Path) -> None:
+    with StoreReader(store) as reader, reader.snapshot() as snapshot:
+        assert snapshot.has(KEYS[0])
+        assert not snapshot.has(KEYS[7])
+        with pytest.raises(RecordCorrupt, match=f"{KEYS[7].hex()} is not in the store"):
+            snapshot.read(KEYS[7])
+
+
+def test_put_is_idempotent_and_overwrites_nothing(store: Path) -> None:
+    other = encode_record(KEYS[1], "other", {}, {})
+    with StoreWriter(store) as writer:
+        assert writer.put_many([framed(0), (KEYS[1], other), framed(4), framed(4)]) == 1
+        assert writer.put_many([framed(number) for number in range(5)]) == 0
+        assert writer.put_many([]) == 0
+        with writer.snapshot() as snapshot:
+            assert snapshot.read(KEYS[1]).kind == "test"
+
+
+def test_a_batch_goes_in_whole_or_not_at_all(store: Path) -> None:
+    with StoreWriter(store) as writer:
+        with pytest.raises(Exception, match="MDB_BAD_VALSIZE"):
+            writer.put_many([framed(4), (b"", b"no key")])
+        with writer.snapshot() as snapshot:
+            assert not snapshot.has(KEYS[4])
+        assert writer.put_many([framed(4)]) == 1
+
+
+def test_deleted_records_are_gone_and_can_be_put_again(store: Path) -> None:
+    with StoreWriter(store) as writer:
+        assert writer.delete_many([KEYS[1], KEYS[7]]) == 1
+        with writer.snapshot() as snapshot:
+            assert [snapshot.has(key) for key in KEYS[:3]] == [True, False, True]
+        assert writer.put_many([framed(1)]) == 1
+
+
+def test_a_commit_is_seen_by_another_process_and_the_next_snapshot(store: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from shared.store import StoreReader\n"
+        "with StoreReader(Path(sys.argv[1])) as reader, reader.snapshot() as snapshot:\n"
+        "    print([snapshot.has(bytes([n]) * 16) for n in range(6)])"
+    )
+    with StoreWriter(store) as writer, writer.snapshot() as before:
+        writer.put_many([framed(4)])
+        there = subprocess.run([sys.executable, "-c", code, store], capture_output=True, text=True, check=True)
+        assert there.stdout.strip() == str([True] * 5 + [False])
+        assert not before.has(KEYS[4])  # a snapshot is of one moment
+        with writer.snapshot() as after:
+            assert after.has(KEYS[4])
+
+
+def test_threads_have_snapshots_of_their_own(store: Path) -> None:
+    wrong: list[int] = []
+    with StoreReader(store) as reader:
+
+        def read() -> None:
+            for step in range(200):
+                with reader.snapshot() as snapshot:
+                    number = step % 4
+                    if not np.array_equal(snapshot.read(KEYS[number]).tensors["mean"], tensors(number)["mean"]):
+                        wrong.append(step)
+
+        threads = [threading.Thread(target=read) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert wrong == []
+
+
+# --- what is no store ---
+
+
+def test_where_there_is_nothing_it_says_how_to_make_a_store(tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / "absent"):
+        with pytest.raises(StoreMissing, match="cache-build") as caught:
+            StoreReader(path)
+        assert caught.value.exit_code == 65
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_store_without_its_data_is_missing_it(store: Path) -> None:
+    (store / "data.mdb").unlink()
+    with pytest.raises(StoreMissing, match=r"data\.mdb is missing"):
+        StoreReader(store)
+
+
+def test_foreign_folders_and_files_are_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "cat.png").write_bytes(b"cat")
+    with pytest.raises(StoreFormat, match=r"cat\.png"):
+        StoreWriter(tmp_path / "pictures")
+    with pytest.raises(StoreFormat, match="is a file"):
+        StoreWriter(tmp_path / "pictures" / "cat.png")
+    assert os.listdir(tmp_path / "pictures") == ["cat.png"]
+
+
+def test_an_empty_folder_or_one_that_a_kill_left_becomes_a_store(tmp_path: Path) -> None:
+    left = tmp_path / "left"
+    left.mkdir()
+    (left / ".store.json.4242.tmp").write_bytes(b"{")
+    (left / "data.mdb").write_bytes(bytes(4096))
+    (left / "lock.mdb").touch()
+    (left / "writer.lock").touch()
+    for path in (left, tmp_path / "a" / "b"):
+        with StoreWriter(path) as writer:
+            assert writer.put_many([framed(1)]) == 1
+
+
+@pytest.mark.parametrize("card", [b"", b"{", b"[]", b"{}", b"\xff", b"null"])
+def test_a_damaged_card_is_named(store: Path, card: bytes) -> None:
+    (store / "store.json").write_bytes(card)
+    for open_store in (StoreReader, StoreWriter):
+        with pytest.raises(StoreFormat, match=r"store\.json cannot be read"):
+            open_store(store)
+
+
+def test_a_newer_store_says_update(store: Path) -> None:
+    (store / "store.json").write_text(json.dumps({"format": 2}))
+    for open_store in (StoreReader, StoreWriter):
+        with pytest.raises(StoreFormat, match=r"store format 2; this program reads 1: update"):
+            open_store(store)
+
+
+def test_the_lease_is_given_back_when_opening_fails(store: Path) -> None:
+    card = (store / "store.json").read_bytes()
+    (store / "store.json").write_bytes(b"{")
+    with pytest.raises(StoreFormat):
+        StoreWriter(store)
+    (store / "store.json").write_bytes(card)
+    StoreWriter(store).close()
+
+
+# --- LMDB's formats ---
+
+
+def lmdb_1(folder: Path) -> None:
+    with lmdb.open(str(folder), lib_version=1) as env, env.begin(write=True) as transaction:
+        transaction.put(KEYS[0], b"value")
+
+
+@pytest.mark.parametrize("open_store", [StoreReader, StoreWriter])
+def test_an_lmdb_1_0_file_is_refused(store: Path, open_store: type, tmp_path: Path) -> None:
+    lmdb_1(tmp_path / "one")
+    os.replace(tmp_path / "one" / "data.mdb", store / "data.mdb")
+    (store / "lock.mdb").unlink()
+    with pytest.raises(StoreFormat, match=r"another format \(1\.0") as caught:
+        open_store(store)
+    assert caught.value.exit_code == 65
+
+
+def test_a_new_store_is_0_9_whatever_the_environment_says(tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from shared.store import StoreWriter\n"
+        "StoreWriter(Path(sys.argv[1])).close()"
+    )
+    environment = os.environ | {"LMDB_DEFAULT_LIB_VERSION": "1"}
+    subprocess.run([sys.executable, "-c", code, tmp_path / "store"], check=True, env=environment)
+    header = (tmp_path / "store" / "data.mdb").read_bytes()[16:24]
+    assert header == bytes.fromhex("dec0efbe 01000000")
+    with StoreReader(tmp_path / "store") as reader, reader.snapshot() as snapshot:
+        assert not snapshot.has(KEYS[0])
+
+
+def test_durability_is_on(store: Path) -> None:
+    with StoreWriter(store) as writer, writer.snapshot():
+        flags = writer._env.flags()
+    assert (flags["sync"], flags["metasync"], flags["lock"]) == (True, True, True)
+    assert (flags["writemap"], flags["map_async"]) == (False, False)
+
+
+def test_little_space_left_is_said_before_anything_is_written(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with StoreWriter(store) as writer:
+        monkeypatch.setattr("shared.store.FREE_MARGIN_BYTES", 1 << 60)
+        with pytest.raises(StoreFull, match="MiB free") as caught:
+            writer.put_many([framed(5)])
+        assert caught.value.exit_code == 74
+        monkeypatch.undo()
+        assert writer.put_many([framed(5)]) == 1

@@ -1,0 +1,34 @@
+"""The other processes of the trainer's tests: a command line in a process of its own, one thread, warnings are errors.
+
+Run by runpy in a process forked from a server that has torch and diffusers imported already, which saves seconds each
+time. COMMAND ("train-expert" or "cache-build"), ARGUMENTS and STDERR come as globals.
+"""
+
+import os
+import warnings
+from typing import Any
+
+import torch
+
+from shared.command import run_command
+
+COMMAND: str
+ARGUMENTS: list[str]
+STDERR: str
+
+
+def _command(name: str) -> Any:
+    if name == "cache-build":
+        from cache_builder.cli import _cache_build
+
+        return _cache_build
+    from trainer.cli import _train_expert
+
+    return _train_expert
+
+
+os.dup2(os.open(STDERR, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+warnings.simplefilter("error")
+torch.set_num_threads(1)
+run_command(_command(COMMAND), ARGUMENTS)
