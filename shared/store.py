@@ -79,7 +79,7 @@ class Snapshot:
         return record.meta
 
     def end(self) -> None:
-        """End the transaction and let go of it: an object kept alive keeps a reader's slot, which a fork would share."""
+        """End the transaction and let go of it: one kept alive keeps a reader's slot, which a fork would share."""
         self._transaction.abort()
         self._transaction = None
 

@@ -110,6 +110,8 @@ def _read_header(file: Path) -> list[tuple[str, dict[str, Any], int]]:
                 raise ValueError("header too long")
             header = json.loads(handle.read(length))
             data_bytes = handle.seek(0, 2) - 8 - length
+        if data_bytes < 0:
+            raise ValueError("cut short")
         entries = [(name, entry) for name, entry in header.items() if name != "__metadata__"]
         for name, entry in entries:
             begin, end = entry["data_offsets"]

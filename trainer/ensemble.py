@@ -93,7 +93,8 @@ class ExpertEnsemble:
         if not routed:
             raise ContractError(f"{settings.steps} steps never come to a timestep of {self.experts[0].facts.name}")
         first, last = routed[0][0], routed[-1][0]
-        scheduler.set_begin_index(first)
+        if hasattr(scheduler, "set_begin_index"):  # DDIM keeps no index: it works from t
+            scheduler.set_begin_index(first)
         x = noise * _noise_scale(scheduler, first)
         time_ids = MicroConditioning(size_hw, (0, 0), size_hw).time_ids()[None].to(x.device)
         ancestral = "generator" in inspect.signature(scheduler.step).parameters

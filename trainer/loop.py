@@ -36,7 +36,7 @@ def train_expert(request: Request) -> int:
     Raises Stopped (exit 75) after saving where the process was asked to stop, and whatever open_run raises.
     """
     config, device = request.config, choose_device(request.device)
-    with closing(open_run(request)) as run, StoreReader(request.store) as store, stop_requests() as stop:
+    with StoreReader(request.store) as store, closing(open_run(request)) as run, stop_requests() as stop:
         if run.first_step >= config.steps:
             say(f"{run.folder} is complete: {run.first_step} steps")
             return run.first_step

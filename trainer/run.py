@@ -6,6 +6,7 @@ RUN/events.jsonl    what happened
 RUN/checkpoints/    trainer/checkpoint.py
 """
 
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -116,29 +117,31 @@ def _go_on(request: Request, lease: Lease) -> Run:
     digest = unet_digest(request.model / "unet")
     if digest != card.facts.start_model_digest:
         raise ContractError(f"{folder} began from another UNet than {request.model}: name a new folder with --output")
-    log = RunLog(folder / "events.jsonl")
+    with ExitStack() as on_error:
+        log = on_error.enter_context(closing(RunLog(folder / "events.jsonl")))
 
-    def pass_over(why: str) -> None:
-        say(f"passed over: {why}")
-        log.write("bad_checkpoint", why=why)
+        def pass_over(why: str) -> None:
+            say(f"passed over: {why}")
+            log.write("bad_checkpoint", why=why)
 
-    checkpoint = resumable_checkpoint(folder, pass_over)
-    if checkpoint is not None:
-        set_aside_newer(checkpoint)
-    step = checkpoint.state.step if checkpoint else 0
-    card = _with_manifests(card, tuple(use for use in card.facts.manifests if use.from_step <= step))
-    if request.move_to_manifest:
-        before = card.facts.manifests[-1].digest
-        manifest, card = _move(request, card, checkpoint)
-        if manifest.digest != before:
-            log.write("move", manifest=manifest.name, digest=manifest.digest, step=step)
-    else:
-        manifest = _same_manifest(request, card)
-    for key, (was, now) in changes.items():
-        log.write("config", key=key, before=was, after=now)
-    write_config(folder, request.config)
-    write_card(folder, card)
-    log.write("resume", step=step, digest=manifest.digest)
+        checkpoint = resumable_checkpoint(folder, pass_over)
+        if checkpoint is not None:
+            set_aside_newer(checkpoint)
+        step = checkpoint.state.step if checkpoint else 0
+        card = _with_manifests(card, tuple(use for use in card.facts.manifests if use.from_step <= step))
+        if request.move_to_manifest:
+            before = card.facts.manifests[-1].digest
+            manifest, card = _move(request, card, checkpoint)
+            if manifest.digest != before:
+                log.write("move", manifest=manifest.name, digest=manifest.digest, step=step)
+        else:
+            manifest = _same_manifest(request, card)
+        for key, (was, now) in changes.items():
+            log.write("config", key=key, before=was, after=now)
+        write_config(folder, request.config)
+        write_card(folder, card)
+        log.write("resume", step=step, digest=manifest.digest)
+        on_error.pop_all()
     return Run(folder, request.config, card, manifest, checkpoint, log, lease)
 
 

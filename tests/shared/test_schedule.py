@@ -103,7 +103,7 @@ def test_zero_terminal_rescale_keeps_the_first_and_ends_in_pure_noise() -> None:
     assert float(rescaled.snr(last)) == 0
 
 
-def test_snr_where_the_papers_put_it() -> None:
+def test_snr_at_known_timesteps() -> None:
     plain, rescaled = sdxl_schedule(), sdxl_schedule(True)
     assert float(plain.snr(torch.tensor(349))) == pytest.approx(1.033, abs=5e-4)
     assert float(rescaled.snr(torch.tensor(349))) == pytest.approx(0.918, abs=5e-4)

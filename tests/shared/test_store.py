@@ -1,5 +1,6 @@
 """The store through its front door: what is put is read, by anybody, and what is not a store is refused."""
 
+import errno
 import json
 import os
 import subprocess
@@ -11,9 +12,9 @@ import lmdb
 import numpy as np
 import pytest
 
-from shared.errors import RecordCorrupt, StoreFormat, StoreFull, StoreMissing
+from shared.errors import RecordCorrupt, StoreError, StoreFormat, StoreFull, StoreIO, StoreMissing
 from shared.record import encode_record
-from shared.store import StoreReader, StoreWriter
+from shared.store import StoreReader, StoreWriter, _translated
 
 KEYS = [bytes([number]) * 16 for number in range(8)]
 
@@ -82,18 +83,18 @@ def test_targets_may_be_rows_of_a_batch_and_hold_nothing_or_one(store: Path) -> 
     ],
 )
 def test_other_tensors_than_the_targets_are_named(store: Path, name: str, target: np.ndarray) -> None:
-    with StoreReader(store) as reader, reader.snapshot() as snapshot:
-        with pytest.raises(RecordCorrupt, match=f"{KEYS[1].hex()}.*{name}"):
-            snapshot.copy_into(KEYS[1], {name: target})
+    named = pytest.raises(RecordCorrupt, match=f"{KEYS[1].hex()}.*{name}")
+    with StoreReader(store) as reader, reader.snapshot() as snapshot, named:
+        snapshot.copy_into(KEYS[1], {name: target})
     assert not target.any()
 
 
 def test_a_target_that_would_be_copied_is_refused(store: Path) -> None:
     """Reshaping an array that is not contiguous copies it: the tensor would be written nowhere."""
     target = np.zeros((4, 6, 10), np.float16)[:, :, ::2]
-    with StoreReader(store) as reader, reader.snapshot() as snapshot:
-        with pytest.raises(ValueError, match="C-contiguous"):
-            snapshot.copy_into(KEYS[1], {"mean": target})
+    refused = pytest.raises(ValueError, match="C-contiguous")
+    with StoreReader(store) as reader, reader.snapshot() as snapshot, refused:
+        snapshot.copy_into(KEYS[1], {"mean": target})
 
 
 def test_an_absent_key_is_named(store: Path) -> None:
@@ -266,10 +267,33 @@ def test_durability_is_on(store: Path) -> None:
     assert (flags["writemap"], flags["map_async"]) == (False, False)
 
 
+@pytest.mark.parametrize(
+    ("code", "limited", "expected"),
+    [
+        (errno.ENOSPC, False, StoreFull),
+        (errno.EDQUOT, False, StoreFull),
+        (errno.EIO, False, StoreIO),
+        (errno.EIO, True, StoreFull),  # a write cut short, which is how a disk or a limit fills up
+        (errno.EACCES, False, StoreError),
+    ],
+)
+def test_errors_of_the_disk_are_told_apart(
+    store: Path, monkeypatch: pytest.MonkeyPatch, code: int, limited: bool, expected: type[StoreError]
+) -> None:
+    if limited:
+        monkeypatch.setattr("shared.store.FREE_MARGIN_BYTES", 1 << 60)
+    error = lmdb.Error("mdb_txn_commit")
+    error.code = code
+    with pytest.raises(StoreError) as caught, _translated(store):
+        raise error
+    assert type(caught.value) is expected
+    assert str(store) in str(caught.value)
+
+
 def test_little_space_left_is_said_before_anything_is_written(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with StoreWriter(store) as writer:
         monkeypatch.setattr("shared.store.FREE_MARGIN_BYTES", 1 << 60)
-        with pytest.raises(StoreFull, match="MiB free") as caught:
+        with pytest.raises(StoreFull, match="no space left") as caught:
             writer.put_many([framed(5)])
         assert caught.value.exit_code == 74
         monkeypatch.undo()

@@ -21,6 +21,7 @@ from demo.shapes import write_shapes
 from shared.config import load_config
 from shared.runlog import read_events
 from trainer.config import ExpertConfig
+from trainer.loop import train_expert
 from trainer.run import Request
 
 BUILD = ("images.resolution=64", "images.step=16", "split.eval_fraction=0.1")
@@ -127,6 +128,15 @@ def world(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> World:
     world = World(tiny_model, write_shapes(folder / "shapes", 48), folder / "store")
     world.build()
     return world
+
+
+@pytest.fixture(scope="session")
+def pair(world: World, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Run folders of a base and of a refiner that have just begun to learn; tests must not write into them."""
+    folder = tmp_path_factory.mktemp("pair")
+    for expert in ("base", "refiner"):
+        train_expert(world.request(folder / expert, "steps=2", "batch=1", "ema.decay=0.5", expert=expert))
+    return folder / "base", folder / "refiner"
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """The order of samples: nothing missed, nothing twice, and a function of the position alone."""
 
+import itertools
 import time
 from collections import Counter
 
@@ -105,7 +106,7 @@ def test_epochs_and_seeds_are_shuffled_differently() -> None:
 def test_buckets_are_mixed_within_an_epoch() -> None:
     order = Order(buckets_of([400, 400]), 4, 0)
     sizes = [order[index].bucket_hw for index in range(200)]
-    changes = sum(a != b for a, b in zip(sizes, sizes[1:], strict=False))
+    changes = sum(a != b for a, b in itertools.pairwise(sizes))
     assert 70 < changes < 130
 
 

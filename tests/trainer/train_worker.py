@@ -1,7 +1,7 @@
 """The other processes of the trainer's tests: a command line in a process of its own, one thread, warnings are errors.
 
 Run by runpy in a process forked from a server that has torch and diffusers imported already, which saves seconds each
-time. COMMAND ("train-expert" or "cache-build"), ARGUMENTS and STDERR come as globals.
+time. The globals it is given are COMMAND ("train-expert" or "cache-build"), ARGUMENTS and STDERR, a file's path.
 """
 
 import os
@@ -11,10 +11,6 @@ from typing import Any
 import torch
 
 from shared.command import run_command
-
-COMMAND: str
-ARGUMENTS: list[str]
-STDERR: str
 
 
 def _command(name: str) -> Any:
@@ -27,8 +23,9 @@ def _command(name: str) -> Any:
     return _train_expert
 
 
-os.dup2(os.open(STDERR, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+given: dict[str, Any] = globals()
+os.dup2(os.open(given["STDERR"], os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
 os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 warnings.simplefilter("error")
 torch.set_num_threads(1)
-run_command(_command(COMMAND), ARGUMENTS)
+run_command(_command(given["COMMAND"]), given["ARGUMENTS"])

@@ -1,0 +1,133 @@
+"""Small data sets, builds in this process, and cache-build as a process of its own that can be killed."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cache_builder.build import BuildOptions, build
+from cache_builder.config import BuildConfig
+from cache_builder.report import BuildReport
+from cache_builder.sources.folder import FolderSource
+from shared.config import load_config
+
+SMALL = ("images.resolution=64", "images.step=16", "encode.batch=4")
+
+
+def build_folders(
+    folders: Sequence[Path], store: Path, model: Path, *sets: str, datasets: Sequence[str] = (), **options: Any
+) -> BuildReport:
+    """A build in this process, on the CPU, at 64 px; data sets are called as their folders unless named."""
+    config = load_config(BuildConfig, sets=[*SMALL, *sets])
+    names = datasets or [folder.name for folder in folders]
+    sources = [
+        FolderSource(folder, name, config.captions, config.images.max_bytes)
+        for folder, name in zip(folders, names, strict=True)
+    ]
+    return build(sources, model, config, BuildOptions(store, **({"manifest": "main", "device": "cpu"} | options)))
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What a command left behind."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def errors(self) -> list[str]:
+        """Lines of stderr that are not progress."""
+        return [line for line in self.err.splitlines() if not line.startswith("loading ")]
+
+
+class Running:
+    """A command that has been started."""
+
+    def __init__(self, pid: int, out: Path, err: Path, wait: Callable[[], int]) -> None:
+        self.pid, self.out, self.err, self._wait = pid, out, err, wait
+
+    def finish(self) -> Finished:
+        """Wait for its end."""
+        return Finished(self._wait(), self.out.read_text(), self.err.read_text())
+
+
+class Commands:
+    """cache-build as users run it, in forks of command_server.py."""
+
+    def __init__(self, folder: Path) -> None:
+        script = Path(__file__).with_name("command_server.py")
+        root = Path(__file__).parents[2]
+        self._server = subprocess.Popen(
+            [sys.executable, str(script)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=folder,
+            env=os.environ | {"PYTHONPATH": str(root)},
+        )
+        self._folder, self._count = folder, 0
+
+    def start(self, *arguments: str | Path, file_limit: int = 0) -> Running:
+        """Start `cache-build ARGUMENTS`; `file_limit` is the longest file it may write, bytes."""
+        self._count += 1
+        out, err = (self._folder / f"{self._count}.{name}" for name in ("out", "err"))
+        argv = [os.fspath(argument) for argument in arguments]
+        pid = self._ask({"argv": argv, "out": str(out), "err": str(err), "file_limit": file_limit})
+        return Running(pid, out, err, lambda: self._ask({"wait": pid}))
+
+    def run(self, *arguments: str | Path, file_limit: int = 0) -> Finished:
+        """Run `cache-build ARGUMENTS` to its end."""
+        return self.start(*arguments, file_limit=file_limit).finish()
+
+    def build(self, folder: Path, store: Path, model: Path, *more: str, file_limit: int = 0) -> Finished:
+        """Run it as `build_folders` does, with a JSON report."""
+        return self.run(*build_arguments(folder, store, model, *more), file_limit=file_limit)
+
+    def close(self) -> None:
+        """End the server."""
+        assert self._server.stdin
+        assert self._server.stdout
+        self._server.stdin.close()
+        self._server.wait(60)
+        self._server.stdout.close()
+
+    def _ask(self, job: dict[str, Any]) -> int:
+        assert self._server.stdin
+        assert self._server.stdout
+        self._server.stdin.write(json.dumps(job) + "\n")
+        self._server.stdin.flush()
+        return int(self._server.stdout.readline())
+
+
+def build_arguments(folder: Path, store: Path, model: Path, *more: str) -> list[str]:
+    """The command line of a small build."""
+    sets = [part for setting in SMALL for part in ("--set", setting)]
+    paths = [os.fspath(folder), "--store", os.fspath(store), "--model", os.fspath(model)]
+    return [*paths, "--device", "cpu", "--json", *sets, *more]
+
+
+@pytest.fixture(scope="session")
+def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
+    """Where cache-build is run."""
+    server = Commands(tmp_path_factory.mktemp("commands"))
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="session")
+def run_build() -> Callable[..., BuildReport]:
+    """`build_folders`, for test modules, which cannot import each other."""
+    return build_folders
+
+
+@pytest.fixture(scope="session")
+def arguments_of() -> Callable[..., list[str]]:
+    """`build_arguments`."""
+    return build_arguments
