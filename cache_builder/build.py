@@ -19,7 +19,8 @@ from cache_builder.scan import Sample, Scanner
 from cache_builder.sources import Source
 from cache_builder.split import Thumbnail, held_out
 from shared.errors import DataError
-from shared.manifest import ManifestRow, ManifestSettings, Variant, check_data_sets, seal_manifest
+from shared.manifest import check_data_sets, seal_manifest
+from shared.manifest_rows import ManifestRow, ManifestSettings, Variant
 from shared.store import StoreWriter
 from shared.text_encoders import TextFacts, read_text_facts
 from shared.vae import EncodeDtype, VaeFacts, choose_encode_dtype, read_vae_facts
@@ -59,6 +60,7 @@ def build(sources: Sequence[Source], model: Path, config: BuildConfig, options: 
         filler = Filler(store, config, scanner, report, encoder)
         null_key = filler.encode_captions(samples, text)
         usable = filler.encode_pictures(samples, vae)
+        report.quarantined.sort()
         _check_quarantine(config, report, usable)
         split = held_out(config.split, [s.path for s in usable], [_known(s.thumbnail) for s in usable])
         report.held_out = sum(split)

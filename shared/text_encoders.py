@@ -83,6 +83,7 @@ class TextEncoders:
         from transformers.utils import logging
 
         logging.disable_progress_bar()  # its bars would tear ours
+        logging.set_verbosity_error()  # and its tables of weights that do not fit our one line
         self.device = torch.device(device)
         self.chunks = chunks
         self._tokenizers = [CLIPTokenizer.from_pretrained(_folder(model, name)) for name in _TOKENIZERS]

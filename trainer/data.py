@@ -15,7 +15,8 @@ from shared.conditioning import TEXT_LENGTH, MicroConditioning, PromptEmbeds
 from shared.contract import NullPrompt
 from shared.errors import DataError, RecordCorrupt
 from shared.latents import LatentMoments
-from shared.manifest import Manifest, ManifestRow
+from shared.manifest import Manifest
+from shared.manifest_rows import ManifestRow
 from shared.seeding import derive_seed
 from shared.store import Snapshot, StoreReader
 from trainer.batch import Batch

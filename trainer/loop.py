@@ -36,7 +36,7 @@ def train_expert(request: Request) -> int:
     Raises Stopped (exit 75) after saving where the process was asked to stop, and whatever open_run raises.
     """
     config, device = request.config, choose_device(request.device)
-    with StoreReader(request.store) as store, closing(open_run(request)) as run, stop_requests() as stop:
+    with stop_requests() as stop, StoreReader(request.store) as store, closing(open_run(request)) as run:
         if run.first_step >= config.steps:
             say(f"{run.folder} is complete: {run.first_step} steps")
             return run.first_step
@@ -84,6 +84,8 @@ def train_expert(request: Request) -> int:
         advance_bar = progress(config.name, config.steps, "steps")
         with closing(batches), closing(curves), advance_bar as advance:
             advance(run.first_step)
+            if stop.asked():
+                raise Stopped(f"{run.folder} was opened and nothing done; the same command goes on")
             for step in range(run.first_step, config.steps):
                 t = loss.timesteps(step, config.batch * config.accumulation, device)
                 step_loss = torch.zeros((), device=device)
@@ -106,13 +108,14 @@ def train_expert(request: Request) -> int:
 
                 done = step + 1
                 is_last = done == config.steps
+                is_asked = stop.asked()  # read once: a request that comes while saving is answered after the next step
                 if done % config.log.every == 0 or is_last:
                     values = meter.read() | {"learning_rate": config.optimizer.learning_rate, "skipped": int(skipped)}
                     run.log.write("step", step=done, epoch=batch.places[-1][0], **values)
                     curves.log(values, done)
                     if int(skipped) > config.optimizer.max_skipped:
                         raise DataError(f"{int(skipped)} steps had gradients that were not finite: giving up at {done}")
-                if done % config.checkpoint.every == 0 or is_last or stop.asked:
+                if done % config.checkpoint.every == 0 or is_last or is_asked:
                     state = TrainingState(
                         step=done,
                         epoch=batch.places[-1][0],
@@ -127,7 +130,7 @@ def train_expert(request: Request) -> int:
                         run.folder, state, run.card, unet_config, weights, moments, config.checkpoint.keep
                     )
                     run.log.write("checkpoint", step=done, path=path.name)
-                if stop.asked and not is_last:
+                if is_asked and not is_last:
                     run.log.write("stopped", step=done)
                     raise Stopped(f"{run.folder} is saved at step {done} of {config.steps}; the same command goes on")
         run.log.write("complete", step=config.steps)

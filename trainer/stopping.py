@@ -1,4 +1,8 @@
-"""SIGTERM and SIGINT become a request that the loop answers between two steps; a second SIGINT interrupts at once."""
+"""SIGTERM and SIGINT become a request that the loop answers between two steps; a second SIGINT interrupts at once.
+
+A request is never answered where it arrives: an exception raised inside a library's compiled code may come out of it
+as another one, or not at all.
+"""
 
 import signal
 from collections.abc import Iterator
@@ -9,15 +13,19 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class StopRequest:
-    """Whether the process was asked to stop."""
+    """Set by a signal, looked at by the loop."""
 
     def __init__(self) -> None:
-        self.asked = False
+        self._asked = False
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        if self.asked and number == signal.SIGINT:
+        if self._asked and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.asked = True
+        self._asked = True
+
+    def asked(self) -> bool:
+        """Whether there was a signal by now."""
+        return self._asked
 
 
 @contextmanager

@@ -4,17 +4,30 @@ A line of JSON on stdin, one on stdout: {"argv", "out", "err", "file_limit"} -> 
 Nothing is computed here before a fork: threads of a library would not survive it.
 """
 
+import importlib
 import json
 import os
 import resource
 import sys
 import traceback
+from typing import Any
+
+HEAVY = (
+    "cache_builder.build",
+    "cache_builder.cli",
+    "cache_builder.sources.folder",
+    "diffusers.models.autoencoders.autoencoder_kl",
+    "shared.device",
+    "shared.model_folder",
+    "transformers.models.clip.modeling_clip",
+    "transformers.models.clip.tokenization_clip",
+    "typer.rich_utils",
+)
 
 
 def main() -> None:
-    import transformers.models.clip.modeling_clip
-    import transformers.models.clip.tokenization_clip  # noqa: F401
-
+    for name in HEAVY:
+        importlib.import_module(name)
     for line in sys.stdin:
         job = json.loads(line)
         answer = _exit_code(job["wait"]) if "wait" in job else _start(job)
@@ -26,7 +39,7 @@ def _exit_code(pid: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def _start(job: dict) -> int:
+def _start(job: dict[str, Any]) -> int:
     pid = os.fork()
     if pid:
         return pid
@@ -37,8 +50,8 @@ def _start(job: dict) -> int:
 
         cache_build()
     except SystemExit as leaving:
-        code = leaving.code
-    except BaseException:
+        code = leaving.code if isinstance(leaving.code, int) else 0
+    except BaseException:  # noqa: BLE001
         traceback.print_exc()
     finally:
         sys.stdout.flush()
@@ -46,7 +59,7 @@ def _start(job: dict) -> int:
         os._exit(code)
 
 
-def _become(job: dict) -> None:
+def _become(job: dict[str, Any]) -> None:
     for descriptor, path, flags in (
         (0, os.devnull, os.O_RDONLY),
         (1, job["out"], os.O_WRONLY | os.O_CREAT),

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,14 +20,18 @@ from cache_builder.pixels import PixelLimits, PixelRules, crop, decode, thumbnai
 from cache_builder.report import BuildReport
 from demo.shapes import write_shapes
 from shared.errors import DataError, ManifestMismatch
-from shared.manifest import ManifestRow, open_manifest
+from shared.manifest import open_manifest
+from shared.manifest_rows import ManifestRow
 from shared.record import Record
 from shared.store import StoreReader
 from shared.text_encoders import TextEncoders, read_text_facts
 from shared.vae import read_vae_facts
 
-FP16 = {"rtol": 2e-3, "atol": 2e-3}
-LATENTS = {"rtol": 2e-3, "atol": 3e-2}  # they spread by 8; the CPU's convolutions differ with the size of a batch
+FP16: dict[str, Any] = {"rtol": 2e-3, "atol": 2e-3}
+LATENTS: dict[str, Any] = {
+    "rtol": 2e-3,
+    "atol": 3e-2,
+}  # they spread by 8; the CPU's convolutions differ with the size of a batch
 Build = Callable[..., BuildReport]
 
 
@@ -119,9 +124,8 @@ def test_latents_are_those_of_the_crop(pictures: Path, built: Path, tiny_model: 
             moments = vae.encode(x).latent_dist
         record = read(built, row.variants[0].latent_key)
         h, w = row.bucket_hw
-        assert {name: (a.dtype, a.shape) for name, a in record.tensors.items()} == dict.fromkeys(
-            ("mean", "logvar"), (np.float16, (4, h // 8, w // 8))
-        )
+        held = {name: (tensor.dtype.name, tensor.shape) for name, tensor in record.tensors.items()}
+        assert held == dict.fromkeys(("mean", "logvar"), ("float16", (4, h // 8, w // 8)))
         np.testing.assert_allclose(record.tensors["mean"], moments.mean[0].numpy(), **LATENTS)
         np.testing.assert_allclose(record.tensors["logvar"], moments.logvar[0].numpy(), **FP16)
         facts = read(built, facts_key(row.image_digest, rules))
@@ -280,7 +284,7 @@ def test_what_changes_between_scan_and_decoding_is_set_aside(
 
     encode_captions = Filler.encode_captions
 
-    def edit(self: Filler, *arguments: object) -> bytes:  # between the two passes
+    def edit(self: Filler, *arguments: Any) -> bytes:  # between the two passes
         shutil.copy(folder / "shape-00001.png", folder / "shape-00000.png")
         (folder / "shape-00002.png").unlink()
         return encode_captions(self, *arguments)
@@ -422,5 +426,3 @@ def test_the_report_reads_well() -> None:
     report.stored += 1
     with pytest.raises(AssertionError, match="saw 40 pictures and accounts for 41"):
         report.check()
-
-

@@ -93,7 +93,7 @@ def shard(folder: Path) -> None:
     tensors = load_file(path)
     names = sorted(tensors, reverse=True)
     stem = path.name.removesuffix(".safetensors")
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, part in enumerate((names[: len(names) // 3], names[len(names) // 3 :]), 1):
         file = f"{stem}-0000{number}-of-00002.safetensors"
         save_file({name: tensors[name] for name in part}, folder / file, metadata={"format": "pt"})
@@ -158,8 +158,8 @@ def remove(world: World) -> None:
     (world.folder / "shape-00003.png").unlink()
 
 
-def caption(text: str) -> Callable[[World], None]:
-    return lambda world: (world.folder / "shape-00001.txt").write_text(text) and None
+def caption(text: str) -> Callable[[World], Any]:
+    return lambda world: (world.folder / "shape-00001.txt").write_text(text)
 
 
 def setting(**values: str) -> Callable[[World], None]:

@@ -19,16 +19,8 @@ from hypothesis import strategies as st
 
 import shared.manifest
 from shared.errors import ConfigError, ManifestMismatch
-from shared.manifest import (
-    Manifest,
-    ManifestRow,
-    ManifestSettings,
-    Variant,
-    list_manifests,
-    manifest_digest,
-    open_manifest,
-    seal_manifest,
-)
+from shared.manifest import Manifest, list_manifests, manifest_digest, open_manifest, seal_manifest
+from shared.manifest_rows import ManifestRow, ManifestSettings, Variant
 
 SETTINGS = ManifestSettings(
     vae_digest="aa" * 32,

@@ -172,7 +172,8 @@ class Trap:
 
 TRAPS = (
     "pytorch_model.bin", "diffusion_pytorch_model.bin", "diffusion_pytorch_model.fp16.bin", "model.ckpt",
-    "optimizer.pt", "optimizer.bin", "scheduler.bin", "random_states_0.pkl", "training_args.bin", "state.pt", "model.pkl", "data.npy",
+    "optimizer.pt", "optimizer.bin", "scheduler.bin", "random_states_0.pkl", "training_args.bin", "state.pt",
+    "model.pkl", "data.npy",
 )  # fmt: skip
 
 

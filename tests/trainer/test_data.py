@@ -13,7 +13,8 @@ import torch
 
 from shared.contract import NullPrompt
 from shared.errors import DataError
-from shared.manifest import Manifest, ManifestRow, open_manifest
+from shared.manifest import Manifest, open_manifest
+from shared.manifest_rows import ManifestRow
 from shared.store import StoreReader
 from trainer.batch import Batch
 from trainer.data import BatchReader, prefetch

@@ -50,12 +50,18 @@ def step_dir(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"step-{step:08d}"
 
 
-@pytest.mark.parametrize("expert", ["base", "refiner"])
+@pytest.mark.parametrize(("expert", "micro"), [("base", 4), ("refiner", 8)])
 def test_three_epochs_with_two_kills(
-    world: Any, start: Callable[..., Any], files_of: Files, events: Events, tmp_path: Path, expert: str
+    world: Any, start: Callable[..., Any], files_of: Files, events: Events, tmp_path: Path, expert: str, micro: int
 ) -> None:
     """45 samples, 144 drawn: a missed, repeated or reordered one, or another draw, would change every later bit."""
-    sets = ("steps=18", "batch=4", "accumulation=2", "checkpoint.every=4", "loss.caption_dropout=0.3")
+    sets = (
+        "steps=18",
+        f"batch={micro}",
+        f"accumulation={8 // micro}",
+        "checkpoint.every=4",
+        "loss.caption_dropout=0.3",
+    )
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     reference = start("train-expert", world.arguments(whole, *sets, expert=expert), "whole.txt")
     for kill_after in (6, 13):
@@ -105,7 +111,7 @@ def test_a_stop_at_the_last_step_is_the_end(world: Any, events: Events, tmp_path
     with stop_requests() as outer:
         assert train_expert(world.request(tmp_path / "run", "steps=1")) == 1
         signal.raise_signal(signal.SIGTERM)  # handlers are as they were before the run
-        assert outer.asked
+        assert outer.asked()
     assert events(tmp_path / "run", "complete")
 
 
@@ -113,18 +119,62 @@ def test_a_second_sigint_interrupts_at_once() -> None:
     with stop_requests() as stop:
         signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGTERM)
-        assert stop.asked
+        assert stop.asked()
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
 
 
-def test_ten_kills_while_saving(
-    world: Any, start: Callable[..., Any], files_of: Files, events: Events, unbroken: Path, tmp_path: Path
+def test_asked_to_stop_while_it_opens(world: Any, start: Callable[..., Any], events: Events, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    command = start("train-expert", world.arguments(run, "steps=2", "batch=1"))
+    command.wait_for(lambda: bool(events(run, "begin")))
+    command.signal(signal.SIGTERM)
+    assert command.wait() == 75
+    assert command.errors()[-1].startswith(f"stopped: {run} ")
+    again = start("train-expert", world.arguments(run, "steps=2", "batch=1"))
+    assert again.wait() == 0, again.errors()
+
+
+@pytest.mark.slow
+def test_fifty_stops_at_random_times(
+    world: Any, start: Callable[..., Any], files_of: Files, events: Events, tmp_path: Path
+) -> None:
+    sets = (*SETS, "steps=400", "checkpoint.every=400")
+    whole, run, rng = tmp_path / "whole", tmp_path / "run", random.Random(0)
+    reference = start("train-expert", world.arguments(whole, *sets), "whole.txt")
+    for attempt in range(50):
+        command = start("train-expert", world.arguments(run, *sets))
+        command.wait_for(lambda n=attempt: len([e for e in events(run) if e["event"] in ("begin", "resume")]) > n)
+        time.sleep(rng.uniform(0, 1.5))
+        command.signal(rng.choice([signal.SIGTERM, signal.SIGINT]))
+        assert command.wait() == 75
+        assert command.errors()[-1].startswith(f"stopped: {run} ")
+        steps = [event["step"] for event in events(run, "step")]
+        assert steps == list(range(1, len(steps) + 1))  # none is lost and done again
+    last = start("train-expert", world.arguments(run, *sets))
+    assert last.wait() == 0, last.errors()
+    reference.process.join()
+    assert files_of(run, 400) == files_of(whole, 400)
+
+
+@pytest.mark.parametrize(("kills", "steps"), [(10, 20), pytest.param(200, 220, marks=pytest.mark.slow)])
+def test_kills_while_saving(
+    world: Any,
+    start: Callable[..., Any],
+    files_of: Files,
+    events: Events,
+    unbroken: Path,
+    tmp_path: Path,
+    kills: int,
+    steps: int,
 ) -> None:
     run, rng = tmp_path / "run", random.Random(0)
-    sets = (*SETS, "checkpoint.every=1", "checkpoint.keep=2")
+    sets = (*SETS, "checkpoint.every=1", "checkpoint.keep=2", f"steps={steps}")
+    if steps != 20:
+        unbroken = tmp_path / "unbroken"
+        train_expert(world.request(unbroken, *SETS, "checkpoint.every=1000", f"steps={steps}"))
     parent, reached, torn = run / "checkpoints", 0, 0
-    for _ in range(10):
+    for _ in range(kills):
         command = start("train-expert", world.arguments(run, *sets))
         before = {path.name for path in parent.glob("*step-*")}
         command.wait_for(
@@ -146,7 +196,7 @@ def test_ten_kills_while_saving(
     assert torn
     last = start("train-expert", world.arguments(run, *sets))
     assert last.wait() == 0, last.errors()
-    assert files_of(run, 20) == files_of(unbroken, 20)
+    assert files_of(run, steps) == files_of(unbroken, steps)
     assert not any(parent.glob(".*"))
 
 
