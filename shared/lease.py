@@ -15,14 +15,14 @@ POLL_S = 0.2
 class Lease:
     """Held from construction until `release`; not inherited by child processes."""
 
-    def __init__(self, path: Path, what: str, *, wait: bool = False) -> None:
-        """Raises StoreLocked "`what` by pid ..." while another process holds it, unless `wait`."""
+    def __init__(self, path: Path, what: str, way_out: str, *, wait: bool = False) -> None:
+        """Raises StoreLocked "`what` by pid ...; `way_out`" while another process holds it, unless `wait`."""
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         while not self._try():
             if not wait:
                 holder = os.pread(self._fd, 4096, 0).decode(errors="replace").strip()
                 os.close(self._fd)
-                raise StoreLocked(f"{what} by {holder or 'another process'}; wait until it is done (--wait)")
+                raise StoreLocked(f"{what} by {holder or 'another process'}; {way_out}")
             time.sleep(POLL_S)
         with contextlib.suppress(OSError):  # on a full disk the lease holds all the same, though it names nobody
             os.ftruncate(self._fd, 0)

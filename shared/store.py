@@ -189,7 +189,7 @@ class StoreWriter(_Environment):
         _refuse_foreign_folder(path)
         path.mkdir(parents=True, exist_ok=True)
         super().__init__(path)
-        self._lease = Lease(path / "writer.lock", f"store {path} is being written", wait=wait)
+        self._lease = Lease(path / "writer.lock", f"store {path} is being written", "wait for it (--wait)", wait=wait)
         try:
             self._prepare()
         except BaseException:

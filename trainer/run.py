@@ -82,7 +82,7 @@ def open_run(request: Request) -> Run:
         manifest = open_manifest(request.store, request.move_to_manifest or request.manifest)
         card = _new_card(request, manifest)
         folder.mkdir(parents=True, exist_ok=True)
-    lease = Lease(folder / "run.lock", f"run {folder} is being trained")
+    lease = Lease(folder / "run.lock", f"run {folder} is being trained", "one process trains a run")
     try:
         if is_new and not (folder / "expert.json").exists():  # another process may have begun it in the meantime
             return _begin(request, card, manifest, lease)

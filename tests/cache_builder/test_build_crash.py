@@ -104,11 +104,7 @@ def arguments(folder: Path, store: Path, model: Path, *more: str) -> list[str]:
 def test_kills_lose_nothing_and_the_next_build_goes_on(
     tmp_path: Path, undisturbed: Undisturbed, tiny_model: Path, commands: Any
 ) -> None:
-    met = 0
-    for seed in range(2):
-        (tmp_path / str(seed)).mkdir()
-        met += kill_and_go_on(5, seed, tmp_path / str(seed), undisturbed, tiny_model, commands)
-    assert met >= 5
+    assert kill_and_go_on(8, 0, tmp_path, undisturbed, tiny_model, commands) >= 4
 
 
 @pytest.mark.slow
@@ -218,7 +214,7 @@ def test_a_full_disk_stops_the_build_and_the_same_command_goes_on(
     store, everything, full = tmp_path / "store", undisturbed.latents | undisturbed.texts, 0
     size = (undisturbed.store / "data.mdb").stat().st_size
     held: set[bytes] = set()
-    for limit in (100_000, size // 3, size // 2, int(size * 0.8)):
+    for limit in (100_000, size // 3, int(size * 0.7)):
         done = commands.build(undisturbed.folder, store, tiny_model, *ONE_BY_ONE, file_limit=limit)
         assert done.code == 74
         (error,) = done.errors
@@ -228,7 +224,7 @@ def test_a_full_disk_stops_the_build_and_the_same_command_goes_on(
         full += len(now) > len(held)
         held = now
         assert not (store / "manifests").exists()
-    assert full >= 3
+    assert full >= 2
     done = commands.build(undisturbed.folder, store, tiny_model, *ONE_BY_ONE)
     assert done.code == 0
     assert f'"stored": {len(undisturbed.latents - held)},' in done.out
