@@ -63,7 +63,9 @@ class BuildReport:
             f"captions {self.captions}, {self.unique_captions} different, {self.encoded_captions} encoded now,"
             f" {self.truncated} cut short; {self.held_out} samples held out",
         ]
-        lines += [f"  skipped {count}: {one_line(reason)}" for reason, count in self.skipped.most_common()]
+        lines += [f"  skipped {count}: {one_line(reason)}" for reason, count in self.skipped.most_common(LISTED)]
+        if len(self.skipped) > LISTED:
+            lines.append(f"  and for {len(self.skipped) - LISTED} more reasons (--json lists all)")
         lines += [f"  quarantined {one_line(path)}: {one_line(why)}" for path, why in self.quarantined[:LISTED]]
         if len(self.quarantined) > LISTED:
             lines.append(f"  and {len(self.quarantined) - LISTED} more (--json lists all)")

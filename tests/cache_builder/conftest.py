@@ -90,6 +90,10 @@ class Commands:
         """Run it as `build_folders` does, with a JSON report."""
         return self.run(*build_arguments(folder, store, model, *more), file_limit=file_limit)
 
+    def start_build(self, folder: Path, store: Path, model: Path, *more: str) -> Running:
+        """Start what `build` runs."""
+        return self.start(*build_arguments(folder, store, model, *more))
+
     def close(self) -> None:
         """End the server."""
         assert self._server.stdin

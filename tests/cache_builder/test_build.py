@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -423,6 +424,9 @@ def test_the_report_reads_well() -> None:
     assert lines[-1] == "manifest main abababababababab in 2.0 s"
     assert len(lines) == 25
     assert len(report.as_json()["quarantined_files"]) == 25
+    report.skipped.update(f"caption: not UTF-8 at byte {index}" for index in range(30))
+    assert "  and for 11 more reasons (--json lists all)" in report.as_text().splitlines()
+    report.skipped = Counter({"no caption": 1})
     report.stored += 1
     with pytest.raises(AssertionError, match="saw 40 pictures and accounts for 41"):
         report.check()

@@ -1,5 +1,6 @@
 """Builds that are killed, interrupted, raced or out of space: nothing acknowledged is lost, the next one goes on."""
 
+import contextlib
 import os
 import random
 import re
@@ -63,16 +64,31 @@ def stored(store: Path, keys: set[bytes]) -> set[bytes]:
         return set()
 
 
+def wait_for_records(count: int, store: Path, keys: set[bytes]) -> None:
+    """Until a build has stored `count` of `keys`, or all."""
+    end_s, found = time.monotonic() + 60, 0
+    while found < min(count, len(keys)):
+        assert time.monotonic() < end_s
+        time.sleep(0.005)
+        with contextlib.suppress(StoreError), StoreReader(store) as reader, reader.snapshot() as snapshot:
+            found = sum(map(snapshot.has, keys))
+
+
 def kill_and_go_on(kills: int, seed: int, place: Path, world: Undisturbed, model: Path, commands: Any) -> int:
     """Kill a build `kills` times at random moments, then let it finish; returns how many kills met a running build."""
     rng, store, met = random.Random(seed), place / "store", 0
+    everything = world.latents | world.texts
     held: set[bytes] = set()
-    for _ in range(kills):
-        running = commands.start(*arguments(world.folder, store, model))
-        time.sleep(rng.uniform(0.1, 0.8) * world.seconds)
+    for kill in range(kills):
+        running = commands.start_build(world.folder, store, model, *ONE_BY_ONE)
+        if kill % 3:
+            wait_for_records(len(held) + rng.randint(1, 8), store, everything)
+            time.sleep(rng.uniform(0, 0.02))
+        else:
+            time.sleep(rng.uniform(0, 0.6) * world.seconds)
         os.kill(running.pid, signal.SIGKILL)
         met += running.finish().code == -signal.SIGKILL
-        now = stored(store, world.latents | world.texts)
+        now = stored(store, everything)
         assert held <= now
         held = now
         try:
@@ -84,21 +100,8 @@ def kill_and_go_on(kills: int, seed: int, place: Path, world: Undisturbed, model
     assert f'"stored": {len(world.latents - held)},' in done.out
     assert f'"encoded_captions": {len(world.texts - held)},' in done.out
     assert open_manifest(store, "main").digest == world.digest
-    assert stored(store, world.latents | world.texts) == world.latents | world.texts
+    assert stored(store, everything) == everything
     return met
-
-
-_arguments: dict[str, Callable[..., list[str]]] = {}
-
-
-@pytest.fixture(autouse=True)
-def _remember(arguments_of: Callable[..., list[str]]) -> None:
-    _arguments["of"] = arguments_of
-
-
-def arguments(folder: Path, store: Path, model: Path, *more: str) -> list[str]:
-    """A build with many commits."""
-    return _arguments["of"](folder, store, model, *ONE_BY_ONE, *more)
 
 
 def test_kills_lose_nothing_and_the_next_build_goes_on(
@@ -121,7 +124,7 @@ def test_an_interrupt_is_one_line_and_loses_nothing(
     tmp_path: Path, undisturbed: Undisturbed, tiny_model: Path, commands: Any
 ) -> None:
     store, everything = tmp_path / "store", undisturbed.latents | undisturbed.texts
-    running = commands.start(*arguments(undisturbed.folder, store, tiny_model))
+    running = commands.start_build(undisturbed.folder, store, tiny_model, *ONE_BY_ONE)
     wait_until(lambda: "VAE" in running.err.read_text(), running)
     time.sleep(0.1)
     os.kill(running.pid, signal.SIGINT)
@@ -131,7 +134,7 @@ def test_an_interrupt_is_one_line_and_loses_nothing(
     assert done.errors == ["stopped: interrupted; what was stored or saved stays, and the same command goes on"]
     held = stored(store, everything)
     assert undisturbed.texts <= held < everything
-    done = commands.run(*arguments(undisturbed.folder, store, tiny_model))
+    done = commands.build(undisturbed.folder, store, tiny_model, *ONE_BY_ONE)
     assert f'"stored": {len(undisturbed.latents - held)},' in done.out
     assert open_manifest(store, "main").digest == undisturbed.digest
 
@@ -151,7 +154,7 @@ def test_readers_see_whole_records_while_a_build_goes_on(
     frozen = open_manifest(store, "main")
     old = {row.variants[0].latent_key for row in frozen.rows(range(len(frozen)))}
     shutil.copytree(undisturbed.folder, folder, dirs_exist_ok=True)
-    running = commands.start(*arguments(folder, store, tiny_model))
+    running = commands.start_build(folder, store, tiny_model, *ONE_BY_ONE)
     counts, ended = [], threading.Event()
 
     def look() -> None:
@@ -183,12 +186,12 @@ def test_a_rival_is_refused_at_once_and_told_who_builds(
     with StoreWriter(store):
         for _ in range(2):
             started_s = time.monotonic()
-            done = commands.run(*arguments(undisturbed.folder, store, tiny_model))
+            done = commands.build(undisturbed.folder, store, tiny_model, *ONE_BY_ONE)
             assert time.monotonic() - started_s < 2
             assert done.code == 73
             (error,) = done.errors
             assert re.fullmatch(rf"error: store .* is being written by pid {os.getpid()} on .*\(--wait\)", error)
-        waiting = commands.start(*arguments(undisturbed.folder, store, tiny_model, "--wait"))
+        waiting = commands.start_build(undisturbed.folder, store, tiny_model, *ONE_BY_ONE, "--wait")
         time.sleep(0.5)
         assert not (store / "manifests").exists()
     assert waiting.finish().code == 0
@@ -199,7 +202,7 @@ def test_two_builds_at_once_do_the_work_once(
     tmp_path: Path, undisturbed: Undisturbed, tiny_model: Path, commands: Any
 ) -> None:
     store = tmp_path / "store"
-    both = [commands.start(*arguments(undisturbed.folder, store, tiny_model, "--wait")) for _ in range(2)]
+    both = [commands.start_build(undisturbed.folder, store, tiny_model, *ONE_BY_ONE, "--wait") for _ in range(2)]
     done = [running.finish() for running in both]
     assert [one.code for one in done] == [0, 0]
     counts = sorted(int(re.search(r'"stored": (\d+),', one.out)[1]) for one in done)  # type: ignore[index]
@@ -237,22 +240,24 @@ def test_a_manifest_that_does_not_fit_leaves_the_last_one(
     store = shutil.copytree(undisturbed.store, tmp_path / "store")
     arrow = next(store.glob("manifests/main/*.arrow"))
     limit = arrow.stat().st_size // 2
-    done = commands.run(*arguments(undisturbed.folder, store, tiny_model, "--set", "seed=7"), file_limit=limit)
+    done = commands.build(undisturbed.folder, store, tiny_model, "--set", "seed=7", file_limit=limit)
     assert done.code == 74
     assert len(done.errors) == 1
     assert open_manifest(store, "main").digest == undisturbed.digest
-    done = commands.run(*arguments(undisturbed.folder, store, tiny_model, "--set", "seed=7"))
+    done = commands.build(undisturbed.folder, store, tiny_model, "--set", "seed=7")
     assert done.code == 0
     assert open_manifest(store, "main").digest != undisturbed.digest
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("unshare"), reason="mounts a file system")
-def test_a_small_file_system_runs_full(tmp_path: Path, undisturbed: Undisturbed, tiny_model: Path) -> None:
+def test_a_small_file_system_runs_full(
+    tmp_path: Path, undisturbed: Undisturbed, tiny_model: Path, arguments_of: Callable[..., list[str]]
+) -> None:
     """Sixteen MiB are always left free, so 17 hold one MiB; then the disk grows and the same command goes on."""
     (tmp_path / "disk").mkdir()
     command = [sys.executable, "-m", "cache_builder.cli"]
-    command += arguments(undisturbed.folder, tmp_path / "disk/store", tiny_model)
+    command += arguments_of(undisturbed.folder, tmp_path / "disk/store", tiny_model, *ONE_BY_ONE)
     script = 'mount -t tmpfs -o size=17m tmpfs "$0"; "$@"; echo $?; mount -o remount,size=64m "$0"; "$@"; echo $?'
     done = subprocess.run(
         ["unshare", "-m", "bash", "-c", script, str(tmp_path / "disk"), *command], capture_output=True, text=True
