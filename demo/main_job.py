@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 CONFIGS = Path("configs/demo")
-PROMPTS = ("a red circle left of a blue square on yellow", "a small green triangle on white")
+PROMPTS = ("a red circle left of a blue square on sand", "a small green triangle on white")
 COUNT = 512
 
 
