@@ -12,8 +12,9 @@ import time
 from pathlib import Path
 
 CONFIGS = Path("configs/demo")
-PROMPTS = ("a red circle left of a blue square on yellow", "a small green triangle on white")
+PROMPTS = ("a red circle left of a blue square on sand", "a small green triangle on white")
 COUNT = 512
+SIZES = ("112x112", "96x128", "128x96")  # the buckets of configs/demo/cache.toml
 
 
 def main(out: Path) -> int:
@@ -21,7 +22,7 @@ def main(out: Path) -> int:
     started_s = time.monotonic()
     pictures, model, store = out / "pictures", out / "model", out / "store"
     one_after_another = [
-        [sys.executable, "-m", "demo.shapes", str(pictures), "--count", str(COUNT), "--seed", "0"],
+        [sys.executable, "-m", "demo.shapes", str(pictures), "--count", str(COUNT), *_sizes()],
         [sys.executable, "-m", "demo.tiny_model", str(model)],
         ["cache-build", str(pictures), "--store", str(store), "--model", str(model), *_configs("cache")],
     ]
@@ -43,10 +44,17 @@ def main(out: Path) -> int:
     experts = [part for run in runs.values() for part in ("--expert", str(run))]
     prompts = [part for prompt in PROMPTS for part in ("--prompt", prompt)]
     images = out / "images"
-    if code := _start(["generate-images", *experts, "--model", str(model), *prompts, "--out", str(images)]).wait():
+    size = ["--width", "112", "--height", "112"]
+    if code := _start(
+        ["generate-images", *experts, "--model", str(model), *prompts, *size, "--out", str(images)]
+    ).wait():
         return code
     _say_where(images, store, runs, time.monotonic() - started_s)
     return 0
+
+
+def _sizes() -> list[str]:
+    return [part for size in SIZES for part in ("--size", size)]
 
 
 def _configs(*names: str) -> list[str]:

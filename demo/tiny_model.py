@@ -18,7 +18,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from demo.shapes import COLOURS, KINDS, OneLineParser
+from demo.captions import WORDS
+from demo.shapes import OneLineParser
 
 if TYPE_CHECKING:
     import torch
@@ -31,7 +32,6 @@ TEXT_LENGTH = 77
 TEXT_WIDTHS = (32, 64)
 POOLED_WIDTH = 48
 TIME_ID_WIDTH = 8
-WORDS = "a an on and in at of the left right above below top bottom middle small large background picture shape"
 
 # The real VAE's latents, before its scaling factor, spread by about 1/0.13025 with a far smaller posterior noise.
 # The gain brings this random encoder there; the decoder's first layer takes it out again.
@@ -63,7 +63,7 @@ def write_tiny_model(out: Path, seed: int = 0, unet_layout: UnetLayout = "sdxl")
 def make_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
     """A byte-level vocabulary in CLIP's order ("!" is 0, EOS last), where each word of the shapes is one token."""
     letters = [chr(code) for code in _byte_alphabet()]
-    merges = _learn_merges([*COLOURS, *KINDS, *WORDS.split()])
+    merges = _learn_merges(WORDS)
     tokens = [*letters, *(letter + "</w>" for letter in letters), *("".join(pair) for pair in merges), BOS, EOS]
     return {token: number for number, token in enumerate(dict.fromkeys(tokens))}, merges
 

@@ -17,7 +17,8 @@ from cache_builder.pixels import PixelRules
 from cache_builder.report import BuildReport
 from cache_builder.scan import Sample, Scanner
 from cache_builder.sources import Found, Skipped
-from demo.shapes import draw, make_scene
+from demo.draw import draw
+from demo.scene import make_scene
 from shared.config import load_config
 from shared.errors import DataError
 from shared.record import encode_record

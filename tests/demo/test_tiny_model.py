@@ -13,12 +13,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import CLIPTokenizer
 
-from demo.shapes import COLOURS, KINDS, describe, draw, make_scene
+from demo.captions import WORDS, describe
+from demo.draw import draw
+from demo.scene import make_scene
 from demo.tiny_model import POOLED_WIDTH, TEXT_WIDTHS, TIME_ID_WIDTH, main, make_vocabulary, write_tiny_model
 
 # numpy 2 says this of the line in which diffusers' Euler hands it a tensor; nothing of ours can keep it quiet.
 euler_warns = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
-CAPTIONS = ("a red circle left of a blue square on yellow", "a blue square left of a red circle on yellow", "")
+CAPTIONS = ("a red circle left of a blue square on sand", "a blue square left of a red circle on sand", "")
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +141,7 @@ def test_words_of_the_shapes_are_tokens_and_any_text_encodes(folder: Path) -> No
     assert list(vocabulary.values()) == list(range(len(vocabulary)))
     assert {"".join(pair) for pair in merges} <= vocabulary.keys()
     tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
-    caption = " ".join([*COLOURS, *KINDS])
+    caption = " ".join(WORDS)
     assert tokenizer.tokenize(caption) == [f"{word}</w>" for word in caption.split()]
     assert tokenizer.decode(tokenizer("zürich: 火, it's 12 %").input_ids, skip_special_tokens=True).startswith("zürich")
 
