@@ -19,7 +19,6 @@ from cache_builder.buckets import make_buckets, nearest_bucket, plan_crop
 from cache_builder.keys import facts_key, image_digest, sample_id, text_facts_key, text_key
 from cache_builder.pixels import PixelLimits, PixelRules, crop, decode, thumbnail
 from cache_builder.report import BuildReport
-from demo.shapes import write_shapes
 from shared.errors import DataError, ManifestMismatch
 from shared.manifest import open_manifest
 from shared.manifest_rows import ManifestRow
@@ -27,6 +26,7 @@ from shared.record import Record
 from shared.store import StoreReader
 from shared.text_encoders import TextEncoders, read_text_facts
 from shared.vae import read_vae_facts
+from tests.pictures import write_shapes
 
 FP16: dict[str, Any] = {"rtol": 2e-3, "atol": 2e-3}
 LATENTS: dict[str, Any] = {

@@ -17,10 +17,10 @@ from typing import Any
 import pytest
 
 from cache_builder.report import BuildReport
-from demo.shapes import write_shapes
 from shared.errors import ManifestMismatch, StoreError
 from shared.manifest import open_manifest
 from shared.store import StoreReader, StoreWriter
+from tests.pictures import write_shapes
 
 Build = Callable[..., BuildReport]
 ONE_BY_ONE = ("--set", "encode.batch=1", "--set", "encode.text_batch=2")  # many commits

@@ -17,9 +17,9 @@ import pytest
 from PIL import Image
 
 from cache_builder.report import BuildReport
-from demo.shapes import write_shapes
 from shared.manifest import open_manifest
 from shared.store import StoreReader
+from tests.pictures import write_shapes
 
 PICTURES, CAPTIONS = 6, 8  # and the empty caption
 Build = Callable[..., BuildReport]

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 
 from cache_builder.report import BuildReport
-from demo.shapes import write_shapes
 from shared.manifest import open_manifest
 from shared.store import StoreReader
+from tests.pictures import write_shapes
 
 Build = Callable[..., BuildReport]
 

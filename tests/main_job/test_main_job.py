@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from demo.shapes import write_shapes
+from tests.pictures import write_shapes
 
 ROOT = Path(__file__).parents[2]
 SMALL = ("--set", "images.step=32", "--resolution", "64")

@@ -17,9 +17,9 @@ import torch
 from cache_builder.build import BuildOptions, build
 from cache_builder.config import BuildConfig
 from cache_builder.sources.folder import FolderSource
-from demo.shapes import write_shapes
 from shared.config import load_config
 from shared.runlog import read_events
+from tests.pictures import write_shapes
 from trainer.config import ExpertConfig
 from trainer.loop import train_expert
 from trainer.run import Request

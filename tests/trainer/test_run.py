@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from demo.shapes import write_shapes
 from shared.errors import CheckpointError, ConfigError, ContractError, DataError, ManifestMismatch
 from shared.manifest import open_manifest
+from tests.pictures import write_shapes
 from trainer.checkpoint import newest_checkpoint
 from trainer.loop import train_expert
 from trainer.run import make_order, open_run

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from demo.shapes import write_shapes
 from shared.manifest import open_manifest
+from tests.pictures import write_shapes
 
 SETS = ("steps=10", "batch=2", "checkpoint.every=3")
 WEIGHTS = (
