@@ -14,6 +14,7 @@ import json
 import os
 import resource
 import shutil
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -99,6 +100,7 @@ class _Environment:
         self.path = path
         self._env: Any = None
         self._pid = 0
+        self._opening = threading.Lock()  # threads share one environment: LMDB refuses a second in one process
 
     @contextlib.contextmanager
     def snapshot(self) -> Iterator[Snapshot]:
@@ -127,12 +129,13 @@ class _Environment:
         return env.begin(buffers=True)
 
     def _opened(self) -> Any:
-        if self._env is not None and self._pid != os.getpid():  # an environment must not cross a fork
-            self.close_environment()
-        if self._env is None:
-            self._env, self._pid = self._open(), os.getpid()
-            self._env.reader_check()
-        return self._env
+        with self._opening:
+            if self._env is not None and self._pid != os.getpid():  # an environment must not cross a fork
+                self.close_environment()
+            if self._env is None:
+                self._env, self._pid = self._open(), os.getpid()
+                self._env.reader_check()
+            return self._env
 
     def _open(self) -> Any:
         size = MAP_SIZE_BYTES

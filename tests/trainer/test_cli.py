@@ -42,7 +42,7 @@ finally:
         times_s.append(time.perf_counter() - began_s)
         assert done.returncode == 0, done.stderr
         assert "Usage" in done.stdout
-    assert min(times_s) < 0.6
+    assert min(times_s) < 1.5  # 0.25 on a quiet machine; torch alone would be 1.7
 
 
 @pytest.mark.parametrize("command", COMMANDS[2:])
