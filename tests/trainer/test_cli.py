@@ -2,10 +2,10 @@
 
 import json
 import pickle
+import resource
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,12 @@ def run_code(code: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False)
 
 
+def processor_s() -> float:
+    """Processor time of this process's children: what else runs on the machine is not theirs."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 @pytest.mark.parametrize("command", COMMANDS[:2])
 def test_help_comes_in_a_blink_and_without_torch(command: str) -> None:
     code = f"""
@@ -37,12 +43,12 @@ finally:
 """
     times_s = []
     for _ in range(3):
-        began_s = time.perf_counter()
+        before_s = processor_s()
         done = run_code(code)
-        times_s.append(time.perf_counter() - began_s)
+        times_s.append(processor_s() - before_s)
         assert done.returncode == 0, done.stderr
         assert "Usage" in done.stdout
-    assert min(times_s) < 1.5  # 0.25 on a quiet machine; torch alone would be 1.7
+    assert min(times_s) < 0.6
 
 
 @pytest.mark.parametrize("command", COMMANDS[2:])
