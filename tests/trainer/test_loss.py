@@ -16,6 +16,7 @@ from shared.manifest import open_manifest
 from shared.schedule import NoiseSchedule, PredictionType, TimestepRange, scaled_linear_betas
 from shared.store import StoreReader
 from trainer.batch import Batch
+from trainer.checkpoint import read_tensors
 from trainer.data import BatchReader
 from trainer.loop import train_expert
 from trainer.loss import DenoisingLoss, place_noise
@@ -173,3 +174,19 @@ def test_golden_losses(world: Any, events: Any, tmp_path: Path) -> None:
     train_expert(world.request(tmp_path / "run", *sets, expert="refiner"))
     losses = [event["loss"] for event in events(tmp_path / "run", "step")]
     assert losses == pytest.approx(GOLDEN, rel=2e-4), losses
+
+
+def test_what_the_shipped_configurations_set_trains_like_fp32(world: Any, events: Any, tmp_path: Path) -> None:
+    """Gradient checkpointing changes no loss; bf16 rounds it, keeps fp32 weights, and is really used."""
+
+    def losses(name: str, *sets: str) -> list[float]:
+        train_expert(world.request(tmp_path / name, "steps=3", "batch=2", *sets, expert="refiner"))
+        return [event["loss"] for event in events(tmp_path / name, "step")]
+
+    plain = losses("plain")
+    assert losses("checkpointed", "gradient_checkpointing=true") == pytest.approx(plain, rel=1e-5)
+    mixed = losses("mixed", "precision=bf16-mixed", "gradient_checkpointing=true")
+    assert mixed == pytest.approx(plain, rel=2e-2)
+    assert mixed != plain
+    weights = read_tensors(tmp_path / "mixed/checkpoints/step-00000003/unet/diffusion_pytorch_model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
