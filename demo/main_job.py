@@ -1,82 +1,85 @@
-"""The main job on the small world, command by command as users type it: pictures, store, two experts, images.
+"""The main job on the small world, command by command as users type it: pictures, store, two experts, images, scores.
 
-`python -m demo.main_job OUT` (make demo). Run again it goes on with what is there; nothing is encoded or trained twice.
+`python -m demo.main_job OUT` (make demo). Both experts begin with demo/model, learn their own timesteps at once, and
+draw together; the same prompts are drawn by the start model alone, and all of it is judged. Run again it goes on with
+what is there; nothing is encoded or trained twice.
 """
 
 import os
 import resource
-import shlex
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-CONFIGS = Path("configs/demo")
-PROMPTS = ("a red circle left of a blue square on sand", "a small green triangle on white")
-COUNT = 512
-SIZES = ("112x112", "96x128", "128x96")  # the buckets of configs/demo/cache.toml
+from demo.commands import run, start
+
+CONFIGS, MODEL = Path("configs/demo"), Path("demo/model")
+COUNT = 1024
+SIZES = ("96x96", "80x112", "112x80")  # the buckets of configs/demo/cache.toml
+PROMPTS = 24  # of each set
+DRAWING = ["--steps", "30", "--guidance", "4", "--height", "96", "--width", "96"]
 
 
 def main(out: Path) -> int:
     """Run the whole job in `out`; returns the exit code of the first command that fails, or 0."""
     started_s = time.monotonic()
-    pictures, model, store = out / "pictures", out / "model", out / "store"
-    one_after_another = [
-        [sys.executable, "-m", "demo.shapes", str(pictures), "--count", str(COUNT), *_sizes()],
-        [sys.executable, "-m", "demo.tiny_model", str(model)],
-        ["cache-build", str(pictures), "--store", str(store), "--model", str(model), *_configs("cache")],
-    ]
-    for command in one_after_another:
-        if code := _start(command).wait():
-            return code
+    pictures, store, prompts = out / "pictures", out / "store", out / "prompts.txt"
+    model = ["--model", str(MODEL)]
+    sizes = [part for size in SIZES for part in ("--size", size)]
+    half = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 2) // 2))}
+    try:
+        run([sys.executable, "-m", "demo.shapes", str(pictures), "--count", str(COUNT), *sizes])
+        run([sys.executable, "-m", "demo.prompts", str(prompts), "--count", str(PROMPTS)])
+        run(["cache-build", str(pictures), "--store", str(store), *model, *_configs("cache")])
 
-    print("\nboth experts at once, each on its own timesteps, from one store:", flush=True)
-    share = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 2) // 2))}
-    runs = {name: out / "runs" / name for name in ("base", "refiner")}
-    common = ["--store", str(store), "--model", str(model)]
-    trainers = [
-        _start(["train-expert", *_configs("expert", name), *common, "--output", str(run)], share)
-        for name, run in runs.items()
-    ]
-    if code := max(trainer.wait() for trainer in trainers):
-        return code
+        print("\nboth experts at once, each on its own timesteps, from one store:", flush=True)
+        runs = {name: out / "runs" / name for name in ("base", "refiner")}
+        common = ["--store", str(store), *model]
+        _both(
+            [
+                ["train-expert", *_configs("expert", name), *common, "--output", str(path)]
+                for name, path in runs.items()
+            ],
+            half,
+        )
 
-    experts = [part for run in runs.values() for part in ("--expert", str(run))]
-    prompts = [part for prompt in PROMPTS for part in ("--prompt", prompt)]
-    images = out / "images"
-    size = ["--width", "112", "--height", "112"]
-    if code := _start(
-        ["generate-images", *experts, "--model", str(model), *prompts, *size, "--out", str(images)]
-    ).wait():
-        return code
-    _say_where(images, store, runs, time.monotonic() - started_s)
+        print("\nthe same prompts from the same noise, by the pair and by the start model alone:", flush=True)
+        experts = [part for path in runs.values() for part in ("--expert", str(path))]
+        drawing = ["--prompts", str(prompts), *DRAWING]
+        by_pair, by_start = out / "images" / "pair", out / "images" / "start"
+        _both(
+            [
+                ["generate-images", *experts, *model, *drawing, "--out", str(by_pair)],
+                [sys.executable, "-m", "demo.pipeline", str(MODEL), *drawing, "--out", str(by_start)],
+            ],
+            half,
+        )
+        run([sys.executable, "-m", "demo.report", str(out)])
+    except subprocess.CalledProcessError as error:
+        return error.returncode
+    _say_where(out, runs, time.monotonic() - started_s)
     return 0
-
-
-def _sizes() -> list[str]:
-    return [part for size in SIZES for part in ("--size", size)]
 
 
 def _configs(*names: str) -> list[str]:
     return [part for name in names for part in ("--config", str(CONFIGS / f"{name}.toml"))]
 
 
-def _start(command: list[str], environment: dict[str, str] | None = None) -> "subprocess.Popen[bytes]":
-    shown = ["python" if part == sys.executable else part for part in command]
-    print(f"$ {shlex.join(shown)}", flush=True)
-    scripts = Path(sys.executable).parent  # the environment's own console scripts, whatever PATH says
-    program = command[0] if command[0] == sys.executable else str(scripts / command[0])
-    return subprocess.Popen([program, *command[1:]], env={**os.environ, **(environment or {})})
+def _both(commands: list[list[str]], environment: dict[str, str]) -> None:
+    """Run commands at the same time; raises CalledProcessError once all have ended, if one failed."""
+    processes = [start(command, environment) for command in commands]
+    codes = [process.wait() for process in processes]
+    for command, code in zip(commands, codes, strict=True):
+        if code:
+            raise subprocess.CalledProcessError(code, command)
 
 
-def _say_where(images: Path, store: Path, runs: dict[str, Path], elapsed_s: float) -> None:
+def _say_where(out: Path, runs: dict[str, Path], elapsed_s: float) -> None:
     peak_bytes = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    print(
-        "\ndone. The model began with random weights, so the pictures show that everything fits, not what it can draw."
-    )
-    for name, path in (("images", images), ("store", store), *runs.items()):
-        print(f"  {name:9} {path.resolve()}")
-    print(f"  curves    .venv/bin/tensorboard --logdir {runs['base'].parent}")
+    for name in ("report.html", "images", "store", "runs"):
+        print(f"  {name:12} {(out / name).resolve()}")
+    print(f"  curves       .venv/bin/tensorboard --logdir {runs['base'].parent}")
     print(f"  took {elapsed_s:.0f} s, largest process {peak_bytes >> 20} MiB")
 
 

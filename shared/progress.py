@@ -15,19 +15,19 @@ def say(message: str) -> None:
 
 
 @contextlib.contextmanager
-def progress(task: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
-    """Show `task` advancing to `total` units; yields a function that takes how many were done."""
+def progress(task: str, total: int, unit: str, done: int = 0) -> Iterator[Callable[[int], None]]:
+    """Show `task` advancing from `done` to `total` units; yields a function that takes how many more were done."""
     if sys.stderr.isatty():
-        with _bar(task, total, unit) as advance:
+        with _bar(task, total, unit, done) as advance:
             yield advance
     else:
-        yield _Lines(task, total, unit)
+        yield _Lines(task, total, unit, done)
 
 
 class _Lines:
-    def __init__(self, task: str, total: int, unit: str) -> None:
+    def __init__(self, task: str, total: int, unit: str, done: int = 0) -> None:
         self.task, self.total, self.unit = task, total, unit
-        self.done, self.started_s = 0, time.monotonic()
+        self.done, self.first, self.started_s = done, done, time.monotonic()
         self.said_s = self.started_s
 
     def __call__(self, count: int) -> None:
@@ -36,13 +36,13 @@ class _Lines:
         if now_s - self.said_s < LINE_EVERY_S:
             return
         self.said_s = now_s
-        rate = self.done / (now_s - self.started_s)
+        rate = (self.done - self.first) / (now_s - self.started_s)
         left_s = (self.total - self.done) / rate if rate else 0
         say(f"{self.task}: {self.done} of {self.total}, {rate:.1f} {self.unit}/s, {left_s:.0f} s left")
 
 
 @contextlib.contextmanager
-def _bar(task: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+def _bar(task: str, total: int, unit: str, done: int) -> Iterator[Callable[[int], None]]:
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -61,5 +61,5 @@ def _bar(task: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as bar:
-        item = bar.add_task(task, total=total)
+        item = bar.add_task(task, total=total, completed=done)
         yield lambda count: bar.advance(item, count)

@@ -17,7 +17,8 @@ Device = Annotated[str, typer.Option(help="auto, cuda, mps or cpu.")]
 Move = Annotated[str | None, typer.Option(help="Go on with the newest manifest of this name, in a new epoch.")]
 
 Experts = Annotated[list[Path], typer.Option("--expert", help="Run folder or checkpoint of an expert; give both.")]
-Prompts = Annotated[list[str], typer.Option("--prompt", help="What to draw; several are drawn one after another.")]
+Prompts = Annotated[list[str] | None, typer.Option("--prompt", help="What to draw; may be given again.")]
+PromptFile = Annotated[Path | None, typer.Option("--prompts", help="Text file with a prompt on each line.")]
 Out = Annotated[Path, typer.Option("--out", help="Folder for the pictures.")]
 Steps = Annotated[int, typer.Option(min=1, max=1000, help="Steps of the scheduler.")]
 Guidance = Annotated[float, typer.Option(min=0, help="Weight of the prompt; 1 or less draws without guidance.")]
@@ -56,8 +57,9 @@ def _train_expert(
 def _generate_images(
     expert: Experts,
     model: Model,
-    prompt: Prompts,
     out: Out,
+    prompt: Prompts = None,
+    prompts: PromptFile = None,
     steps: Steps = 40,
     guidance: Guidance = 9.2,
     guidance_rescale: Rescale = None,
@@ -72,12 +74,12 @@ def _generate_images(
     """Draw with a pair of experts: each step is made by the expert whose range its timestep lies in."""
     from shared.model_folder import resolve_model
     from trainer.ensemble import DrawSettings
-    from trainer.generate import GenerateRequest, generate
+    from trainer.generate import GenerateRequest, generate, read_prompts
 
     request = GenerateRequest(
         experts=expert,
         model=resolve_model(model, ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")),
-        prompts=prompt,
+        prompts=read_prompts(prompt or [], prompts),
         out=out,
         settings=DrawSettings(steps, guidance, guidance_rescale, scheduler),
         negative_prompt=negative_prompt,

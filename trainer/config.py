@@ -54,10 +54,14 @@ class LossConfig(Config):
 
 
 class OptimizerConfig(Config):
-    """AdamW (Loshchilov & Hutter 2019)."""
+    """AdamW (Loshchilov & Hutter 2019), alone or beside Muon (Jordan et al. 2024)."""
 
+    name: Literal["adamw", "muon"] = "adamw"
+    """"muon" takes matrices and convolutions from AdamW: fewer steps from random weights, untried in fine-tuning."""
     learning_rate: float = Field(1e-5, gt=0)
-    """Step size; may change when a run goes on."""
+    """Step size of AdamW; may change when a run goes on."""
+    muon_rate: float = Field(0.02, gt=0)
+    """Step size of Muon, relative to weights of norm one; may change when a run goes on."""
     beta1: float = Field(0.9, ge=0, lt=1)
     """Decay of the first moment."""
     beta2: float = Field(0.999, ge=0, lt=1)
@@ -158,6 +162,7 @@ MAY_CHANGE = (
     "log.every",
     "log.tensorboard",
     "optimizer.learning_rate",
+    "optimizer.muon_rate",
     "optimizer.max_skipped",
 )
 

@@ -15,7 +15,7 @@ from shared.command import one_line
 from shared.conditioning import PromptEmbeds
 from shared.contract import ExpertFacts, PairContract, check_pair
 from shared.device import choose_device
-from shared.errors import CheckpointError, ConfigError, ContractError
+from shared.errors import CheckpointError, ConfigError, ContractError, DataError
 from shared.progress import progress, say
 from shared.text_encoders import TextEncoders, TextFacts, read_text_facts
 from shared.vae import Vae, VaeFacts, choose_encode_dtype, read_vae_facts
@@ -71,6 +71,25 @@ def generate(request: GenerateRequest) -> Iterator[Path]:
                 _save(path, vae.decode(latents)[0], facts)
                 advance(1)
                 yield path
+
+
+def read_prompts(given: Sequence[str], path: Path | None) -> list[str]:
+    """Prompts that were given, then those of a text file, one a line, empty lines left out.
+
+    Raises ConfigError where that makes none, DataError where the file is not text.
+    """
+    lines: list[str] = []
+    if path is not None:
+        try:
+            lines = path.read_text(encoding="utf-8-sig").splitlines()
+        except UnicodeDecodeError as error:
+            raise DataError(
+                f"{path} is not UTF-8 text: byte {error.start} is 0x{error.object[error.start]:02x}"
+            ) from None
+    prompts = [*given, *(line.strip() for line in lines if line.strip())]
+    if not prompts:
+        raise ConfigError("nothing to draw: give --prompt TEXT or --prompts FILE with a prompt on each line")
+    return prompts
 
 
 def open_expert(path: Path) -> Checkpoint:

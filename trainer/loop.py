@@ -23,7 +23,7 @@ from trainer.data import BatchReader, prefetch
 from trainer.ema import Ema
 from trainer.loss import DenoisingLoss
 from trainer.meter import Meter
-from trainer.optim import load_optimizer_tensors, make_optimizer, optimizer_tensors, step_unless_bad
+from trainer.optim import Optimizer
 from trainer.run import Request, Run, make_order, open_run
 from trainer.stopping import stop_requests
 from trainer.trackers import Curves
@@ -48,7 +48,7 @@ def train_expert(request: Request) -> int:
         if config.gradient_checkpointing:
             unet.enable_gradient_checkpointing()
         parameters = list(unet.parameters())
-        optimizer = make_optimizer(parameters, config.optimizer)
+        optimizer = Optimizer(parameters, config.optimizer)
         ema = Ema(unet, config.ema.decay) if config.ema.decay else None
         skipped = _restore(run, optimizer, ema, device)
 
@@ -81,9 +81,8 @@ def train_expert(request: Request) -> int:
         say(f"{config.name}: timesteps {config.range}, {len(run.manifest)} samples, {device}, {config.precision}")
 
         meter = Meter(config.batch * config.accumulation)
-        advance_bar = progress(config.name, config.steps, "steps")
+        advance_bar = progress(config.name, config.steps, "steps", run.first_step)
         with closing(batches), closing(curves), advance_bar as advance:
-            advance(run.first_step)
             if stop.asked():
                 raise Stopped(f"{run.folder} was opened and nothing done; the same command goes on")
             for step in range(run.first_step, config.steps):
@@ -98,8 +97,8 @@ def train_expert(request: Request) -> int:
                 # A step whose gradients are not finite is skipped and counted on the device; nobody waits for it here.
                 norm = torch.nn.utils.clip_grad_norm_(parameters, config.optimizer.clip_norm or float("inf"))
                 is_bad = (~torch.isfinite(norm)).float()
-                step_unless_bad(optimizer, is_bad)
-                optimizer.zero_grad(set_to_none=True)
+                optimizer.step_unless_bad(is_bad)
+                optimizer.zero_grad()
                 if ema is not None:
                     ema.update()
                 skipped += is_bad
@@ -125,7 +124,7 @@ def train_expert(request: Request) -> int:
                         torch=torch.__version__,
                     )
                     weights = {"unet": unet.state_dict()} | ({"ema": ema.state_dict()} if ema else {})
-                    moments = optimizer_tensors(optimizer)
+                    moments = optimizer.tensors()
                     path = save_checkpoint(
                         run.folder, state, run.card, unet_config, weights, moments, config.checkpoint.keep
                     )
@@ -153,12 +152,12 @@ def _predict(
         return model(x_t, t, text, time_ids, config.loss.aesthetic_score)
 
 
-def _restore(run: Run, optimizer: torch.optim.AdamW, ema: Ema | None, device: torch.device) -> Tensor:
+def _restore(run: Run, optimizer: Optimizer, ema: Ema | None, device: torch.device) -> Tensor:
     """Optimizer and average as they were saved; returns the count of skipped steps, on the device."""
     if run.checkpoint is None:
         return torch.zeros((), device=device)
     state = run.checkpoint.state
-    load_optimizer_tensors(optimizer, run.checkpoint.optimizer_tensors())
+    optimizer.load(run.checkpoint.optimizer_tensors())
     if ema is not None:
         ema.load(read_tensors(run.checkpoint.path / "ema" / "diffusion_pytorch_model.safetensors"))
         ema.updates = state.ema_updates

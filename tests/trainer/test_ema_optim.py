@@ -13,7 +13,7 @@ from shared.errors import CheckpointError, DataError
 from trainer.config import OptimizerConfig
 from trainer.ema import Ema
 from trainer.loop import train_expert
-from trainer.optim import load_optimizer_tensors, make_optimizer, optimizer_tensors, step_unless_bad
+from trainer.optim import Optimizer
 
 BAD, GOOD = torch.tensor(1.0), torch.tensor(0.0)
 
@@ -26,12 +26,12 @@ def model_of(*values: float) -> nn.Linear:
     return model
 
 
-def train(model: nn.Module, optimizer: torch.optim.AdamW, steps: int, is_bad: Tensor = GOOD) -> None:
+def train(model: nn.Module, optimizer: Optimizer, steps: int, is_bad: Tensor = GOOD) -> None:
     for step in range(steps):
         for weight in model.parameters():
             generator = torch.Generator().manual_seed(step)
             weight.grad = torch.randn(weight.shape, generator=generator) if is_bad == GOOD else weight * float("nan")
-        step_unless_bad(optimizer, is_bad)
+        optimizer.step_unless_bad(is_bad)
 
 
 def copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -89,52 +89,52 @@ def test_an_average_of_another_model_is_refused(state: dict[str, Tensor]) -> Non
 
 def test_optimizer_state_goes_through_a_file_bit_for_bit(tmp_path: Path) -> None:
     model, other = model_of(1.0, 2.0), model_of(1.0, 2.0)
-    optimizer = make_optimizer(model.parameters(), OptimizerConfig(learning_rate=0.1))
+    optimizer = Optimizer(model.parameters(), OptimizerConfig(learning_rate=0.1))
     train(model, optimizer, 3)
-    save_file(optimizer_tensors(optimizer), tmp_path / "optimizer")
+    save_file(optimizer.tensors(), tmp_path / "optimizer")
     other.load_state_dict(copies(model.state_dict()))
     # What may change when a run goes on stays as configured.
-    resumed = make_optimizer(other.parameters(), OptimizerConfig(learning_rate=0.1, eps=1e-8))
-    load_optimizer_tensors(resumed, load_file(tmp_path / "optimizer"))
-    assert same(optimizer_tensors(optimizer), optimizer_tensors(resumed))
+    resumed = Optimizer(other.parameters(), OptimizerConfig(learning_rate=0.1, eps=1e-8))
+    resumed.load(load_file(tmp_path / "optimizer"))
+    assert same(optimizer.tensors(), resumed.tensors())
     train(model, optimizer, 3)
     train(other, resumed, 3)
     assert same(model.state_dict(), other.state_dict())
-    assert same(optimizer_tensors(optimizer), optimizer_tensors(resumed))
+    assert same(optimizer.tensors(), resumed.tensors())
 
 
 def test_another_learning_rate_is_the_configured_one() -> None:
     model = model_of(1.0)
-    optimizer = make_optimizer(model.parameters(), OptimizerConfig(learning_rate=0.1))
+    optimizer = Optimizer(model.parameters(), OptimizerConfig(learning_rate=0.1))
     train(model, optimizer, 1)
-    slower = make_optimizer(model.parameters(), OptimizerConfig(learning_rate=0.01))
-    load_optimizer_tensors(slower, optimizer_tensors(optimizer))
+    slower = Optimizer(model.parameters(), OptimizerConfig(learning_rate=0.01))
+    slower.load(optimizer.tensors())
     assert slower.param_groups[0]["lr"] == 0.01
 
 
 def test_an_optimizer_state_that_lacks_something_is_refused() -> None:
     model = model_of(1.0, 2.0)
-    optimizer = make_optimizer(model.parameters(), OptimizerConfig())
+    optimizer = Optimizer(model.parameters(), OptimizerConfig())
     train(model, optimizer, 1)
-    state = optimizer_tensors(optimizer)
+    state = optimizer.tensors()
     assert len(state) == 6
     for name in state:
         rest = {key: tensor for key, tensor in state.items() if key != name}
         with pytest.raises(CheckpointError, match="not that of 2 parameters"):
-            load_optimizer_tensors(make_optimizer(model.parameters(), OptimizerConfig()), rest)
+            Optimizer(model.parameters(), OptimizerConfig()).load(rest)
     with pytest.raises(CheckpointError):
-        load_optimizer_tensors(make_optimizer(model.parameters(), OptimizerConfig()), state | {"2.step": GOOD})
+        Optimizer(model.parameters(), OptimizerConfig()).load(state | {"2.step": GOOD})
 
 
 def test_a_step_is_a_hand_worked_adamw_step() -> None:
     model = model_of(2.0)
     config = OptimizerConfig(learning_rate=0.1, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.5)
-    optimizer = make_optimizer(model.parameters(), config)
+    optimizer = Optimizer(model.parameters(), config)
     weight, m, v = 2.0, 0.0, 0.0
     for step, gradient in enumerate((0.3, -0.7), start=1):
         for parameter in model.parameters():
             parameter.grad = torch.full_like(parameter, gradient)
-        step_unless_bad(optimizer, GOOD)
+        optimizer.step_unless_bad(GOOD)
         m, v = 0.9 * m + 0.1 * gradient, 0.99 * v + 0.01 * gradient**2
         weight -= 0.1 * 0.5 * weight
         weight -= 0.1 * (m / (1 - 0.9**step)) / ((v / (1 - 0.99**step)) ** 0.5 + 1e-8)
@@ -144,19 +144,83 @@ def test_a_step_is_a_hand_worked_adamw_step() -> None:
 @pytest.mark.parametrize("before", [0, 2])
 def test_a_bad_step_changes_nothing(before: int) -> None:
     model = model_of(1.0, 2.0)
-    optimizer = make_optimizer(model.parameters(), OptimizerConfig(learning_rate=0.1))
+    optimizer = Optimizer(model.parameters(), OptimizerConfig(learning_rate=0.1))
     train(model, optimizer, before)
-    weights, state = copies(model.state_dict()), copies(optimizer_tensors(optimizer))
+    weights, state = copies(model.state_dict()), copies(optimizer.tensors())
     train(model, optimizer, 1, BAD)
     assert same(weights, model.state_dict())
-    after = optimizer_tensors(optimizer)
+    after = optimizer.tensors()
     assert same(state, after) if before else all((tensor == 0).all() for tensor in after.values())
     train(model, optimizer, 2)
     unbroken = model_of(1.0, 2.0)
-    other = make_optimizer(unbroken.parameters(), OptimizerConfig(learning_rate=0.1))
+    other = Optimizer(unbroken.parameters(), OptimizerConfig(learning_rate=0.1))
     train(unbroken, other, before)
     train(unbroken, other, 2)
     assert same(model.state_dict(), unbroken.state_dict())
+
+
+MUON = OptimizerConfig(name="muon", learning_rate=0.1, muon_rate=0.02, weight_decay=0.0)
+
+
+def layers() -> nn.Module:
+    """A convolution and a matrix for Muon, and for AdamW their biases and a last layer that is too narrow."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Conv2d(16, 24, 3), nn.Linear(24, 32), nn.Linear(32, 4))
+
+
+def test_muon_takes_matrices_and_convolutions_and_turns_them_by_a_whole_rate() -> None:
+    """A first step is the gradient with all its singular values brought near 1, times the rate (and tall ones more)."""
+    model = layers()
+    before = copies(model.state_dict())
+    optimizer = Optimizer(model.parameters(), MUON)
+    train(model, optimizer, 1)
+    for name, tall in (("0.weight", 1.0), ("1.weight", (32 / 24) ** 0.5)):
+        turned = (before[name] - model.state_dict()[name]).flatten(1) / (0.02 * tall)
+        singular = torch.linalg.svdvals(turned)
+        assert 0.5 < singular.min() < singular.max() < 1.3
+    state = optimizer.tensors()
+    assert {key for key in state if key.endswith("momentum_buffer")} == {"0.momentum_buffer", "2.momentum_buffer"}
+    assert {key.partition(".")[0] for key in state if key.endswith("exp_avg")} == {"1", "3", "4", "5"}
+
+
+@pytest.mark.parametrize("before", [0, 2])
+def test_a_bad_step_changes_nothing_under_muon(before: int) -> None:
+    model, unbroken = layers(), layers()
+    optimizer, other = Optimizer(model.parameters(), MUON), Optimizer(unbroken.parameters(), MUON)
+    train(model, optimizer, before)
+    weights, state = copies(model.state_dict()), copies(optimizer.tensors())
+    train(model, optimizer, 1, BAD)
+    assert same(weights, model.state_dict())
+    after = optimizer.tensors()
+    assert same(state, after) if before else all((tensor == 0).all() for tensor in after.values())
+    train(model, optimizer, 2)
+    train(unbroken, other, before)
+    train(unbroken, other, 2)
+    assert same(model.state_dict(), unbroken.state_dict())
+
+
+def test_muons_state_goes_through_a_file_bit_for_bit(tmp_path: Path) -> None:
+    model, other = layers(), layers()
+    optimizer = Optimizer(model.parameters(), MUON)
+    train(model, optimizer, 3)
+    save_file(optimizer.tensors(), tmp_path / "optimizer")
+    other.load_state_dict(copies(model.state_dict()))
+    resumed = Optimizer(other.parameters(), MUON)
+    resumed.load(load_file(tmp_path / "optimizer"))
+    train(model, optimizer, 3)
+    train(other, resumed, 3)
+    assert same(model.state_dict(), other.state_dict())
+    assert same(optimizer.tensors(), resumed.tensors())
+    with pytest.raises(CheckpointError, match=r"6 parameters under AdamW$"):
+        Optimizer(other.parameters(), OptimizerConfig()).load(optimizer.tensors())
+
+
+def test_rates_are_scaled_from_what_is_configured() -> None:
+    optimizer = Optimizer(layers().parameters(), MUON)
+    for share in (0.5, 0.25, 1.0):
+        optimizer.scale_rates(share)
+        assert [group["lr"] for group in optimizer.param_groups] == [0.1 * share, 0.02 * share]
 
 
 def spoil(world: Any, folder: Path) -> Any:

@@ -26,7 +26,7 @@ from shared.schedule import NoiseSchedule, TimestepRange, scaled_linear_betas
 from trainer.batch import Batch
 from trainer.config import OptimizerConfig
 from trainer.loss import DenoisingLoss
-from trainer.optim import make_optimizer, step_unless_bad
+from trainer.optim import Optimizer
 from trainer.unet import ConditionedUnet, choose_layout
 
 pytestmark = pytest.mark.slow
@@ -119,7 +119,7 @@ def test_one_training_step(
     for name, weight in unet.named_parameters():
         if name not in ours:
             weight.register_post_accumulate_grad_hook(partial(look_and_drop, norms, name))
-    optimizer = make_optimizer(ours.values(), OptimizerConfig(learning_rate=1e-3))
+    optimizer = Optimizer(ours.values(), OptimizerConfig(learning_rate=1e-3))
 
     generator = torch.Generator().manual_seed(0)
     text = PromptEmbeds(torch.randn(1, 77, 2048, generator=generator), torch.randn(1, 1280, generator=generator))
@@ -137,7 +137,7 @@ def test_one_training_step(
     torch.autograd.backward(value)
     norms |= {name: float(weight.grad.norm()) for name, weight in ours.items() if weight.grad is not None}
     before = {name: weight.detach().clone() for name, weight in list(ours.items())[:20]}
-    step_unless_bad(optimizer, torch.tensor(0.0))
+    optimizer.step_unless_bad(torch.tensor(0.0))
     done_s = time.perf_counter()
 
     assert torch.isfinite(value)

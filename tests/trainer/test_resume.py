@@ -79,6 +79,16 @@ def test_three_epochs_with_two_kills(
     assert not list((broken / "checkpoints").glob(".*"))
 
 
+def test_under_muon_a_run_goes_on_bit_for_bit(world: Any, files_of: Files, tmp_path: Path) -> None:
+    sets = ("batch=2", "optimizer.name=muon", "checkpoint.every=3", "log.tensorboard=false")
+    train_expert(world.request(tmp_path / "unbroken", "steps=6", *sets))
+    train_expert(world.request(tmp_path / "broken", "steps=3", *sets))
+    train_expert(world.request(tmp_path / "broken", "steps=6", *sets))
+    assert files_of(tmp_path / "broken", 6) == files_of(tmp_path / "unbroken", 6)
+    names = set(load_file(step_dir(tmp_path / "broken", 6) / "optimizer.safetensors"))
+    assert {name.partition(".")[2] for name in names} == {"step", "exp_avg", "exp_avg_sq", "momentum_buffer"}
+
+
 @pytest.mark.parametrize(("number", "after"), [(signal.SIGTERM, 3), (signal.SIGINT, 4), (signal.SIGTERM, 9)])
 def test_asked_to_stop_it_finishes_the_step_saves_and_exits_75(
     world: Any,

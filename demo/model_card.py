@@ -1,0 +1,168 @@
+"""What the start model reaches, measured, and the card that says so: MODEL/scores.json and MODEL/README.md."""
+
+import json
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from PIL import Image
+
+from demo.captions import describe
+from demo.clip_score import clip_cosines
+from demo.detail import measure_detail
+from demo.draw import draw
+from demo.judge import judge
+from demo.pipeline import draw_with_pipeline
+from demo.prompts import PICTURE_HW, PROMPTS_SEED, SETS, make_prompts
+from demo.scene import Scene, make_scene
+from demo.score import judge_pictures, score_sets
+from demo.train_vae import SIZES_HW, psnr_db
+from shared.vae import Vae
+
+STEPS, GUIDANCE = 30, 4.0
+PROMPTS = 200  # of each set
+RECONSTRUCTED = 128  # held-out pictures of each size
+RETRIEVED = 256
+
+CARD = """# The small world's start model
+
+A model in SDXL's diffusers layout that draws one or two shapes on a quiet ground: AutoencoderKL, two CLIP text
+encoders, a UNet trained over the whole schedule (v-prediction, zero-terminal SNR, trailing spacing), and the small CLIP
+that the second text encoder belongs to (`clip/`, for scores; pipelines do not load it). It is what SSD-1B is to a real
+run: the model that both experts begin with. Weights are fp16; {megabytes:.1f} MB in all.
+
+    from diffusers import StableDiffusionXLPipeline
+    pipeline = StableDiffusionXLPipeline.from_pretrained("demo/model", use_safetensors=True)
+    pipeline("{example}", height=96, width=96).images[0]
+
+## How it was made
+
+`python -m demo.train_tiny OUT`, from random weights and drawn pictures alone ({made_on}):
+
+{made}
+
+Every batch is a function of a seed and the step, and a stopped run goes on where it was; the same bits come out only
+with the same library versions, processor and number of threads. None of the combinations of kind and colour that
+`demo.scene.held_out_combinations` names was ever shown to it. The words are those of `demo.captions.WORDS`.
+
+## What it reaches
+
+Measured by `python -m demo.train_tiny OUT --stage measure` on pictures and captions that nothing was trained on
+(`scores.json` has all numbers).
+
+| VAE, {reconstructed} held-out pictures of {sizes} | |
+|---|---|
+| PSNR, mean over pictures | {vae[psnr_db]:.2f} dB |
+| PSNR of the mean error | {vae[pooled_psnr_db]:.2f} dB |
+| reconstructions in which the judge sees what was drawn | {vae[follows]:.1%} |
+| sharpness of edges (1 = as drawn) | {vae[sharpness]:.2f} |
+
+| CLIP, {retrieved} pictures and their full captions | |
+|---|---|
+| caption found for the picture, first of {retrieved} | {clip[caption_found]:.1%} |
+| picture found for the caption | {clip[picture_found]:.1%} |
+
+Drawn by diffusers' StableDiffusionXLPipeline, UniPC, {steps} steps, guidance {guidance}, {height} x {width} px, seed 0,
+and judged without a network (`demo.judge`):
+
+| {prompts} prompts each | follows | kind | colour | relation | size | position | ground | sharpness | CLIP |
+|---|---|---|---|---|---|---|---|---|---|
+{drawn}
+
+"Follows" is the number of shapes, each one's kind and colour, and how they stand, all right in one picture.
+"""
+
+
+def write_card(model: Path, device: str) -> dict[str, Any]:
+    """Measure the model and write what it reaches beside it; returns the numbers."""
+    scores: dict[str, Any] = {"vae": measure_vae(model, device), "clip": measure_clip(model), "drawn": {}}
+    prompts = make_prompts(PROMPTS)
+    pictures = draw_with_pipeline(model, prompts, PICTURE_HW, steps=STEPS, guidance=GUIDANCE)
+    judged = judge_pictures(pictures, prompts, [Path()] * len(prompts), model / "clip")
+    scores["drawn"] = {name: score.as_json() for name, score in score_sets(judged).items()}
+    (model / "scores.json").write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
+    (model / "README.md").write_text(_card(model, scores), encoding="utf-8")
+    return scores
+
+
+def measure_vae(model: Path, device: str) -> dict[str, float]:
+    """Reconstructions, from the mean of the posterior, of held-out pictures of the sizes it was trained on."""
+    from demo.train_vae import draw_batch
+
+    vae = Vae(model, device)
+    psnrs, follows, sharpness = [], [], []
+    for size_hw in SIZES_HW:
+        pixels = draw_batch(PROMPTS_SEED, 0, RECONSTRUCTED, size_hw, held_out=True)
+        scenes = [make_scene(PROMPTS_SEED, i, held_out=True, sizes_hw=(size_hw,)) for i in range(RECONSTRUCTED)]
+        made = vae.decode(vae.encode(pixels).mean * vae.scaling_factor)
+        psnrs.append(psnr_db(made, pixels))
+        for scene, picture in zip(scenes, (Image.fromarray(array.numpy()) for array in made), strict=True):
+            follows.append(judge(picture, scene).follows)
+            sharpness.append(measure_detail(picture, draw(scene)).sharpness)
+    each = torch.cat(psnrs)
+    pooled = -10 * torch.log10((10 ** (-each / 10)).mean())
+    numbers = {"psnr_db": float(each.mean()), "pooled_psnr_db": float(pooled)}
+    return numbers | {"follows": fmean(follows), "sharpness": fmean(sharpness)}
+
+
+def measure_clip(model: Path) -> dict[str, float]:
+    """Of all captions the picture's own, and of all pictures the caption's own: shares found first."""
+    scenes: list[Scene] = [make_scene(PROMPTS_SEED, i, sizes_hw=(PICTURE_HW,)) for i in range(RETRIEVED)]
+    pictures, captions = [draw(scene) for scene in scenes], [describe(scene)[0] for scene in scenes]
+    cosines = clip_cosines(model / "clip", pictures, captions, every=True)
+    own = torch.arange(len(scenes))
+    table = torch.tensor(cosines).view(len(scenes), len(scenes))
+    found = {"caption_found": table.argmax(1) == own, "picture_found": table.argmax(0) == own}
+    return {name: float(hits.float().mean()) for name, hits in found.items()}
+
+
+def _card(model: Path, scores: Mapping[str, Any]) -> str:
+    columns = ("follows", "kind", "colour", "relation", "size", "position", "ground")
+    rows = []
+    for name, numbers in scores["drawn"].items():
+        shares = " | ".join(f"{numbers[column]:.1%}" for column in columns)
+        rows.append(f"| {SETS[name]} | {shares} | {numbers['sharpness']:.2f} | {numbers['clip']:.1f} |")
+    return CARD.format(
+        megabytes=sum(path.stat().st_size for path in model.rglob("*.safetensors")) / 1e6,
+        example=make_prompts(1)[0],
+        made_on=f"torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.machine()}",
+        made=_how_made(model),
+        reconstructed=RECONSTRUCTED * len(SIZES_HW),
+        sizes=", ".join(f"{w} x {h}" for h, w in SIZES_HW),
+        retrieved=RETRIEVED,
+        steps=STEPS,
+        guidance=GUIDANCE,
+        height=PICTURE_HW[0],
+        width=PICTURE_HW[1],
+        prompts=PROMPTS,
+        drawn="\n".join(rows),
+        **scores,
+    )
+
+
+def _how_made(model: Path) -> str:
+    from safetensors import safe_open
+
+    from demo.train_tiny import CLIP_PLAN, MUON_RATE, PICTURES, UNET_STAGES, VAE_PLAN
+
+    def millions(part: str) -> str:
+        count = 0
+        for path in (model / part).glob("*.safetensors"):
+            with safe_open(path, "pt") as file:
+                count += sum(torch.Size(file.get_slice(name).get_shape()).numel() for name in file.keys())  # noqa: SIM118
+        return f"{count / 1e6:.2f} M"
+
+    towers = f"{millions('text_encoder')} and {millions('text_encoder_2')}"
+    rates = ", ".join(f"{MUON_RATE * share:g} to step {steps}" for steps, share in UNET_STAGES)
+    return "\n".join(
+        (
+            f"- VAE ({millions('vae')} parameters): {VAE_PLAN.steps} steps of {VAE_PLAN.batch} drawn pictures, Muon.",
+            f"- CLIP ({millions('clip')}; text encoders {towers}): {CLIP_PLAN.steps} steps of {CLIP_PLAN.batch} "
+            "pictures and captions, both text towers against one vision tower.",
+            f"- UNet ({millions('unet')}): `cache-build` on {PICTURES} pictures with four captions each, then "
+            f"`train-expert` on timesteps 0 to 999, 64 a step, Muon at {rates}; averaged weights.",
+        )
+    )

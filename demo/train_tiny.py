@@ -1,0 +1,189 @@
+"""Make demo/model: the small world's start model, from random weights to a card that says what it reaches.
+
+`python -m demo.train_tiny OUT` goes through the stages below; each goes on with what OUT holds, so a run that was
+stopped is begun again by the same command. Hours on two cores, minutes on a GPU.
+
+    vae         fit        drawn pictures -> model/vae
+    clip        fit        drawn pictures and captions -> model/text_encoder, text_encoder_2, clip
+    store       demo.shapes, cache-build     -> pictures, store
+    unet        train-expert over every timestep, slower and slower -> run -> model/unet
+    measure     drawn by diffusers' pipeline, judged -> model/README.md
+"""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from demo.commands import run
+from demo.fit_plan import FitPlan
+from demo.model_files import (
+    EOS,
+    base_index,
+    text_name,
+    unet_settings,
+    write_diffusers_model,
+    write_json,
+    write_scheduler,
+    write_tokenizer,
+    write_transformer,
+)
+from demo.shapes import OneLineParser
+from shared.errors import ExpertsError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+VAE_PLAN = FitPlan(steps=3200, learning_rate=3e-3, batch=16, muon_rate=0.02)
+CLIP_PLAN = FitPlan(steps=600, learning_rate=1e-3, batch=256, warmup=60)
+PICTURES, PICTURES_SEED = 16_000, 11
+CONFIGS = Path("configs/demo")
+# Optimizer steps in all, and the share of both rates up to there: a warm-up, then down.
+UNET_STAGES = ((100, 0.25), (3600, 1.0), (5000, 0.35), (5800, 0.1))
+LEARNING_RATE, MUON_RATE = 2e-3, 0.02
+TIME_ID_WIDTH = 16
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The door of `python -m demo.train_tiny`."""
+    parser = OneLineParser(prog="demo.train_tiny", description="Train the small world's start model.")
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder to work in; what it holds is gone on with")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or mps (default: %(default)s)")
+    parser.add_argument("--stage", choices=STAGES, action="append", help="only this one; may be given again")
+    options = parser.parse_args(arguments)
+    try:
+        for name in options.stage or STAGES:
+            print(f"--- {name}", flush=True)
+            STAGES[name](options.out, options.device)
+    except ExpertsError as error:
+        parser.exit(error.exit_code, f"{parser.prog}: {error}\n")
+    except subprocess.CalledProcessError as error:
+        return error.returncode
+    return 0
+
+
+def make_vae(out: Path, device: str) -> None:
+    """Train the VAE and write it, in fp16."""
+    import torch
+
+    from demo.train_vae import VAE_CONFIG, train_vae
+
+    weights = train_vae(out / "fits", VAE_PLAN, torch.device(device))
+    write_diffusers_model(out / "model" / "vae", "AutoencoderKL", VAE_CONFIG, _halved(weights))
+
+
+def make_clip(out: Path, device: str) -> None:
+    """Train the CLIP and both text encoders and write them, in fp16."""
+    import torch
+
+    from demo import train_clip
+
+    weights = train_clip.train_clip(out / "fits", CLIP_PLAN, torch.device(device))
+    first, second = train_clip.first_text_config(), train_clip.second_text_config()
+    parts: dict[str, tuple[str, Any, Callable[[str], str]]] = {
+        "text_encoder": ("CLIPTextModel", first, text_name),
+        "text_encoder_2": ("CLIPTextModelWithProjection", second, text_name),
+        "clip": ("CLIPModel", train_clip.clip_config(), str),
+    }
+    for name, (class_name, config, rename) in parts.items():
+        named = {rename(key): tensor for key, tensor in _halved(weights[name]).items()}
+        write_transformer(out / "model" / name, class_name, config, named)
+    write_tokenizer(out / "model" / "tokenizer", pad_token=EOS)
+    write_tokenizer(out / "model" / "tokenizer_2", pad_token="!")
+
+
+def make_store(out: Path, device: str) -> None:
+    """Draw the pictures and encode them with the project's own command."""
+    from demo.train_vae import SIZES_HW
+
+    sizes = [part for h, w in SIZES_HW for part in ("--size", f"{h}x{w}")]
+    count = ["--count", str(PICTURES), "--seed", str(PICTURES_SEED)]
+    run([sys.executable, "-m", "demo.shapes", str(out / "pictures"), *count, *sizes])
+    _write_index(out / "model")
+    model = ["--model", str(out / "model"), "--config", str(CONFIGS / "cache.toml"), "--device", device]
+    run(["cache-build", str(out / "pictures"), "--store", str(out / "store"), *model])
+
+
+def make_unet(out: Path, device: str) -> None:
+    """Train the UNet with the project's own command, a stage for each learning rate, and write its average in fp16."""
+    from safetensors.torch import load_file
+
+    from trainer.checkpoint import newest_checkpoint
+
+    begin = out / "begin"  # a run names the weights that it began with, so they stay
+    if not (begin / "unet" / "config.json").exists():
+        _write_random_unet(begin / "unet")
+    common = ["--store", str(out / "store"), "--model", str(begin), "--output", str(out / "run"), "--device", device]
+    done = newest_checkpoint(out / "run", print) if (out / "run").exists() else None
+    for steps, share in UNET_STAGES:
+        if done is None or done.state.step < steps:
+            rates = {"learning_rate": LEARNING_RATE * share, "muon_rate": MUON_RATE * share}
+            sets = [part for name, rate in rates.items() for part in ("--set", f"optimizer.{name}={rate:g}")]
+            sets += ["--set", f"steps={steps}"]
+            # One process has the cores for itself here, so its threads need not make room for others.
+            busy = {"OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "ACTIVE")}
+            run(["train-expert", "--config", str(CONFIGS / "start.toml"), *sets, *common], busy)
+    trained = newest_checkpoint(out / "run", print)
+    assert trained is not None
+    weights = load_file(trained.weights_folder() / "diffusion_pytorch_model.safetensors")
+    write_diffusers_model(out / "model" / "unet", "UNet2DConditionModel", unet_config(), _halved(weights))
+
+
+def measure(out: Path, device: str) -> None:
+    """Judge pictures and reconstructions of the finished model and write its card."""
+    from demo.model_card import write_card
+
+    write_card(out / "model", device)
+
+
+STAGES: dict[str, Callable[[Path, str], None]] = {
+    "vae": make_vae,
+    "clip": make_clip,
+    "store": make_store,
+    "unet": make_unet,
+    "measure": measure,
+}
+
+
+def unet_config() -> dict[str, Any]:
+    """SDXL's layout on latents of 10 to 14 a side: attention on the two coarser levels, heads of 64."""
+    from demo.train_clip import PROJECTION, WIDTHS
+
+    return {
+        "sample_size": 12,
+        "norm_num_groups": 16,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "block_out_channels": (96, 128, 128),
+        "attention_head_dim": (1, 2, 2),  # by its old name the number of heads
+        "transformer_layers_per_block": (1, 1, 1),
+        "cross_attention_dim": sum(WIDTHS),
+        **unet_settings(PROJECTION, TIME_ID_WIDTH, time_ids=6),
+    }
+
+
+def _write_random_unet(folder: Path) -> None:
+    from diffusers import UNet2DConditionModel
+
+    from demo.tiny_model import random_weights
+
+    weights = random_weights(0, "unet", lambda: UNet2DConditionModel(**unet_config()))
+    write_diffusers_model(folder, "UNet2DConditionModel", unet_config(), weights)
+
+
+def _write_index(model: Path) -> None:
+    write_json(model / "model_index.json", base_index())
+    zero_terminal = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+    write_scheduler(model / "scheduler", timestep_spacing="trailing", **zero_terminal)
+
+
+def _halved(weights: "Mapping[str, Tensor]") -> "dict[str, Tensor]":
+    import torch
+
+    return {name: tensor.to(torch.float16).contiguous() for name, tensor in weights.items()}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
