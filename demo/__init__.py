@@ -1,1 +1,1 @@
-"""The small world: captioned pictures and a tiny model, both made here, both real."""
+"""The small world: captioned pictures, a judge that reads them, and a model that draws them; all real, all offline."""

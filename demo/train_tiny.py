@@ -40,8 +40,11 @@ VAE_PLAN = FitPlan(steps=3200, learning_rate=3e-3, batch=16, muon_rate=0.02)
 CLIP_PLAN = FitPlan(steps=600, learning_rate=1e-3, batch=256, warmup=60)
 PICTURES, PICTURES_SEED = 16_000, 11
 CONFIGS = Path("configs/demo")
-# Optimizer steps in all, and the share of both rates up to there: a warm-up, then down.
-UNET_STAGES = ((100, 0.25), (3600, 1.0), (5000, 0.35), (5800, 0.1))
+UNET_STAGES = (
+    (3000, 1.0),
+    (4200, 0.35),
+    (4800, 0.1),
+)  # optimizer steps in all, and the share of both rates up to there
 LEARNING_RATE, MUON_RATE = 2e-3, 0.02
 TIME_ID_WIDTH = 16
 
@@ -115,6 +118,7 @@ def make_unet(out: Path, device: str) -> None:
     begin = out / "begin"  # a run names the weights that it began with, so they stay
     if not (begin / "unet" / "config.json").exists():
         _write_random_unet(begin / "unet")
+        _write_index(begin)
     common = ["--store", str(out / "store"), "--model", str(begin), "--output", str(out / "run"), "--device", device]
     done = newest_checkpoint(out / "run", print) if (out / "run").exists() else None
     for steps, share in UNET_STAGES:

@@ -40,8 +40,15 @@ def test_cache_configurations_load(file: Path) -> None:
     load_config(BuildConfig, [file])
 
 
+def test_the_small_worlds_start_model_shares_its_experts_schedule() -> None:
+    """A pair that goes on from it must not find another noise, another target or another last timestep."""
+    start = load_config(ExpertConfig, [CONFIGS / "demo" / "start.toml"])
+    assert start.schedule == expert(CONFIGS / "demo", "base").schedule
+    assert (start.range.low, start.range.high) == (0, start.schedule.num_timesteps)
+
+
 def test_no_configuration_is_left_untested() -> None:
-    known = {"expert.toml", "base.toml", "refiner.toml", "cache.toml"}
+    known = {"expert.toml", "base.toml", "refiner.toml", "cache.toml", "start.toml"}
     assert {file.name for file in CONFIGS.rglob("*.toml")} == known
     assert {file.parent for file in CONFIGS.rglob("expert.toml")} == set(PAIRS)
 

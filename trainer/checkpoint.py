@@ -2,7 +2,7 @@
 
 RUN/checkpoints/step-00001000/
     unet/, ema/              diffusers folders (ema/ only where an average is kept)
-    optimizer.safetensors    AdamW's state, in the newest two checkpoints
+    optimizer.safetensors    the optimizer's state, in the newest two checkpoints
     state.json               step and counters
     expert.json              PairContract and ExpertFacts
     checksums.json           size and sha256 of each of these files
@@ -51,7 +51,7 @@ class Checkpoint:
     state: TrainingState
 
     def optimizer_tensors(self) -> dict[str, Tensor]:
-        """AdamW's state; raises CheckpointError where this checkpoint keeps none."""
+        """The optimizer's state; raises CheckpointError where this checkpoint keeps none."""
         return read_tensors(self.path / OPTIMIZER_FILE)
 
     def weights_folder(self) -> Path:

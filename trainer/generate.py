@@ -76,7 +76,7 @@ def generate(request: GenerateRequest) -> Iterator[Path]:
 def read_prompts(given: Sequence[str], path: Path | None) -> list[str]:
     """Prompts that were given, then those of a text file, one a line, empty lines left out.
 
-    Raises ConfigError where that makes none, DataError where the file is not text.
+    Raises ConfigError where that makes none or the file cannot be read, DataError where it is not text.
     """
     lines: list[str] = []
     if path is not None:

@@ -14,7 +14,9 @@ import numpy as np
 import pytest
 
 from shared.command import run_command
+from shared.errors import ConfigError
 from trainer.cli import _generate_images, _train_expert
+from trainer.generate import read_prompts
 
 COMMANDS = ("train_expert", "generate_images", "evaluate_experts", "bundle_experts")
 Call = Callable[..., tuple[int, list[str]]]
@@ -152,9 +154,23 @@ def test_generate_images_refuses_in_one_line(call: Call, world: Any, pair: tuple
         ([good[1], good[1], *good[2:]], 65, "two experts answer for"),
         ([*good, "--model", str(tmp_path / "none")], 65, "no model folder"),
         ([*good, "--out", str(tmp_path / "file")], 74, ""),
+        ([*good, "--prompts", str(tmp_path / "none.txt")], 64, "none.txt: No such file"),
+        ([*good, "--prompts", str(tmp_path / "bytes")], 65, "is not UTF-8 text (at byte 3)"),
+        ([*(part for part in good if part != "--prompt=a red circle")], 64, "nothing to draw: give --prompt TEXT or"),
     ]
+    (tmp_path / "bytes").write_bytes(b"red\xff")
     for arguments, code, says in cases:
         refused(call(_generate_images, arguments), code, says)
+
+
+def test_prompts_come_from_the_command_line_and_then_from_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_text("\ufeffa red circle \r\n\n  a blue square\n", encoding="utf-8")
+    assert read_prompts(["first"], file) == ["first", "a red circle", "a blue square"]
+    assert read_prompts([], file) == ["a red circle", "a blue square"]
+    file.write_text("\n \n")
+    with pytest.raises(ConfigError, match="nothing to draw"):
+        read_prompts([], file)
 
 
 def test_a_model_of_pickles_is_refused_with_the_way_out(call: Call, world: Any, tmp_path: Path) -> None:

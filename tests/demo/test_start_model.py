@@ -1,0 +1,93 @@
+"""The start model that lies in the repository: small, whole, and it draws what it is asked for.
+
+Its numbers on hundreds of pictures stand in its card; here are few, with room for chance.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from safetensors.torch import load_file
+
+from demo.model_card import measure_vae
+from demo.pipeline import draw_with_pipeline
+from demo.prompts import PICTURE_HW, make_prompts
+from demo.score import judge_pictures, score, score_sets
+from demo.train_tiny import _write_index, unet_config
+
+MODEL = Path(__file__).parents[2] / "demo" / "model"
+PROMPTS = make_prompts(6, seed=23)
+DRAWING = {"steps": 20, "guidance": 4.0, "seed": 3}
+MEGABYTE = 1e6
+
+
+@pytest.fixture(scope="module")
+def card() -> dict[str, dict[str, float]]:
+    numbers: dict[str, dict[str, float]] = json.loads((MODEL / "scores.json").read_text())
+    return numbers
+
+
+def test_it_is_small_enough_to_live_in_a_repository() -> None:
+    files = [path for path in MODEL.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 30 * MEGABYTE
+    assert not {path.suffix for path in files} - {".safetensors", ".json", ".txt", ".md"}
+    assert not [path for path in files if os.access(path, os.X_OK)]
+    unet = load_file(MODEL / "unet" / "diffusion_pytorch_model.safetensors")
+    assert sum(tensor.numel() for tensor in unet.values()) <= 8_000_000
+    for path in MODEL.rglob("*.safetensors"):
+        assert {tensor.dtype for tensor in load_file(path).values()} <= {torch.float16, torch.int64}
+
+
+def test_its_files_are_what_the_training_writes(tmp_path: Path) -> None:
+    _write_index(tmp_path)
+    for name in ("model_index.json", "scheduler/scheduler_config.json"):
+        assert (tmp_path / name).read_text() == (MODEL / name).read_text()
+    written = UNet2DConditionModel.load_config(MODEL / "unet")
+    assert {key: list(v) if isinstance(v, tuple) else v for key, v in unet_config().items()}.items() <= written.items()
+
+
+def test_the_card_says_what_was_measured(card: dict[str, dict[str, float]]) -> None:
+    text = (MODEL / "README.md").read_text()
+    assert f"{card['vae']['psnr_db']:.2f} dB" in text
+    for numbers in card["drawn"].values():
+        assert f"{numbers['follows']:.1%}" in text  # type: ignore[index]
+    assert text.isascii()
+
+
+def test_the_vae_keeps_what_pictures_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("demo.model_card.RECONSTRUCTED", 12)
+    reached = measure_vae(MODEL, "cpu")
+    assert reached["psnr_db"] >= 30
+    assert reached["follows"] >= 0.97
+    assert reached["sharpness"] >= 0.7
+
+
+def test_the_clip_tells_pictures_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    from demo.model_card import measure_clip
+
+    monkeypatch.setattr("demo.model_card.RETRIEVED", 64)
+    assert min(measure_clip(MODEL).values()) >= 0.9
+
+
+@pytest.fixture(scope="module")
+def drawn() -> list[object]:
+    pictures = draw_with_pipeline(MODEL, PROMPTS, PICTURE_HW, **DRAWING)
+    return judge_pictures(pictures, PROMPTS, [Path()] * len(PROMPTS), MODEL / "clip")
+
+
+def test_it_draws_what_it_is_asked_for(drawn: list[object]) -> None:
+    sets = score_sets(drawn)  # type: ignore[arg-type]
+    assert sets["one"].follows + sets["held out"].follows >= 1.6
+    assert sets["two"].follows >= 0.5
+    assert score(drawn).clip > 20  # type: ignore[arg-type,operator]
+
+
+def test_prompts_in_the_wrong_order_show_at_once(drawn: list[object]) -> None:
+    """What a mix-up in a batch would look like: the judge and the CLIP see it."""
+    pictures = draw_with_pipeline(MODEL, PROMPTS, PICTURE_HW, **DRAWING)
+    mixed = judge_pictures(pictures, [*PROMPTS[1:], PROMPTS[0]], [Path()] * len(PROMPTS), MODEL / "clip")
+    assert score(mixed).follows <= 0.2
+    assert score(mixed).clip < score(drawn).clip - 5  # type: ignore[operator,arg-type]
