@@ -65,8 +65,8 @@ Measured by `python -m demo.train_tiny OUT --stage measure` on pictures and capt
 | caption found for the picture, first of {retrieved} | {clip[caption_found]:.1%} |
 | picture found for the caption | {clip[picture_found]:.1%} |
 
-Drawn by diffusers' StableDiffusionXLPipeline, UniPC, {steps} steps, guidance {guidance}, {height} x {width} px, seed 0,
-and judged without a network (`demo.judge`):
+Drawn by diffusers' StableDiffusionXLPipeline, UniPC, {steps} steps, guidance {guidance}, {height} x {width} px, a seed
+each, and judged without a network (`demo.judge`):
 
 | {prompts} prompts each | follows | kind | colour | relation | size | position | ground | sharpness | CLIP |
 |---|---|---|---|---|---|---|---|---|---|
@@ -80,7 +80,8 @@ def write_card(model: Path, device: str) -> dict[str, Any]:
     """Measure the model and write what it reaches beside it; returns the numbers."""
     scores: dict[str, Any] = {"vae": measure_vae(model, device), "clip": measure_clip(model), "drawn": {}}
     prompts = make_prompts(PROMPTS)
-    pictures = draw_with_pipeline(model, prompts, PICTURE_HW, steps=STEPS, guidance=GUIDANCE)
+    seeds = range(len(prompts))
+    pictures = draw_with_pipeline(model, prompts, PICTURE_HW, steps=STEPS, guidance=GUIDANCE, seeds=seeds)
     judged = judge_pictures(pictures, prompts, [Path()] * len(prompts), model / "clip")
     scores["drawn"] = {name: score.as_json() for name, score in score_sets(judged).items()}
     (model / "scores.json").write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
@@ -146,7 +147,7 @@ def _card(model: Path, scores: Mapping[str, Any]) -> str:
 def _how_made(model: Path) -> str:
     from safetensors import safe_open
 
-    from demo.train_tiny import CLIP_PLAN, MUON_RATE, PICTURES, UNET_STAGES, VAE_PLAN
+    from demo.train_tiny import CLIP_PLAN, MUON_RATE, PICTURES, UNET_RUNS, VAE_PLAN
 
     def millions(part: str) -> str:
         count = 0
@@ -156,13 +157,18 @@ def _how_made(model: Path) -> str:
         return f"{count / 1e6:.2f} M"
 
     towers = f"{millions('text_encoder')} and {millions('text_encoder_2')}"
-    rates = ", ".join(f"{MUON_RATE * share:g} to step {steps}" for steps, share in UNET_STAGES)
+    runs = "; ".join(
+        "{} to {}, Muon at {}".format(
+            *(low, high - 1), ", ".join(f"{MUON_RATE * share:g} to step {steps}" for steps, share in stages)
+        )
+        for _, (low, high), stages in UNET_RUNS
+    )
     return "\n".join(
         (
             f"- VAE ({millions('vae')} parameters): {VAE_PLAN.steps} steps of {VAE_PLAN.batch} drawn pictures, Muon.",
             f"- CLIP ({millions('clip')}; text encoders {towers}): {CLIP_PLAN.steps} steps of {CLIP_PLAN.batch} "
             "pictures and captions, both text towers against one vision tower.",
             f"- UNet ({millions('unet')}): `cache-build` on {PICTURES} pictures with four captions each, then "
-            f"`train-expert` on timesteps 0 to 999, 64 a step, Muon at {rates}; averaged weights.",
+            f"`train-expert` with 64 a step, averaged weights, on timesteps {runs}.",
         )
     )

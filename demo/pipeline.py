@@ -17,11 +17,13 @@ from demo.shapes import OneLineParser
 if TYPE_CHECKING:
     from PIL import Image
 
+BATCH = 12
+
 
 def draw_with_pipeline(
-    model: Path, prompts: Sequence[str], size_hw: Size, *, steps: int, guidance: float, seed: int = 0, batch: int = 12
+    model: Path, prompts: Sequence[str], size_hw: Size, *, steps: int, guidance: float, seeds: Sequence[int]
 ) -> "list[Image.Image]":
-    """One picture of each prompt, all from the noise of one seed; UniPC, guidance rescaled as for zero-terminal SNR."""
+    """A picture of each prompt, from the noise of its seed; UniPC, guidance rescaled as for zero-terminal SNR."""
     import torch
     from diffusers import StableDiffusionXLPipeline, UniPCMultistepScheduler
 
@@ -31,8 +33,8 @@ def draw_with_pipeline(
     pipeline.scheduler = UniPCMultistepScheduler.from_config(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
     pictures: list[Image.Image] = []
-    for first in range(0, len(prompts), batch):
-        some = list(prompts[first : first + batch])
+    for first in range(0, len(prompts), BATCH):
+        some, own_seeds = list(prompts[first : first + BATCH]), seeds[first : first + BATCH]
         pictures += pipeline(
             some,
             height=size_hw[0],
@@ -40,7 +42,7 @@ def draw_with_pipeline(
             num_inference_steps=steps,
             guidance_scale=guidance,
             guidance_rescale=ZERO_TERMINAL_RESCALE,
-            generator=[torch.Generator().manual_seed(seed) for _ in some],
+            generator=[torch.Generator().manual_seed(seed) for seed in own_seeds],
         ).images
     return pictures
 
@@ -63,10 +65,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         parser.error(f"{error.filename}: {error.strerror}")
     size_hw = (options.height, options.width)
-    settings = {"steps": options.steps, "guidance": options.guidance, "seed": options.seed}
-    pictures = draw_with_pipeline(options.model, prompts, size_hw, **settings)
+    settings = {"steps": options.steps, "guidance": options.guidance}
+    seeds = [options.seed] * len(prompts)
+    pictures = draw_with_pipeline(options.model, prompts, size_hw, **settings, seeds=seeds)
     for index, (prompt, picture) in enumerate(zip(prompts, pictures, strict=True)):
-        _save(picture, options.out / f"{index:03d}-seed-{options.seed}.png", {**settings, "prompt": prompt})
+        _save(
+            picture,
+            options.out / f"{index:03d}-seed-{options.seed}.png",
+            {**settings, "seed": options.seed, "prompt": prompt},
+        )
     print(f"{len(pictures)} pictures in {options.out}")
     return 0
 

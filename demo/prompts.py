@@ -11,9 +11,9 @@ from demo.shapes import OneLineParser
 PROMPTS_SEED = 7  # no data set is drawn with it
 PICTURE_HW: Size = (96, 96)
 SETS = {
-    "one": "one shape, of a colour it was seen in",
-    "held out": "one shape, of a colour it was never seen in",
-    "two": "two shapes, and how they stand",
+    "one": "one shape",
+    "held out": "one, colour held out",  # for this kind
+    "two": "two shapes",
 }
 
 

@@ -28,7 +28,7 @@ COLUMNS = {
     "position": "position",
     "ground": "ground",
     "sharpness": "sharpness",
-    "edge_error_px": "edge error, px",
+    "edge_error_px": "edge error, px",
     "clip": "CLIP",
 }
 SHARES = ("follows", "kind", "colour", "relation", "size", "position", "ground")
@@ -36,7 +36,7 @@ STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; padding: 0 1rem; color: #222; }
 table { border-collapse: collapse; margin: 1rem 0; }
 th, td { padding: .2rem .7rem; text-align: right; border-bottom: 1px solid #ddd; }
-th:first-child, td:first-child { text-align: left; }
+th:first-child, td:first-child, td:nth-child(2) { text-align: left; white-space: nowrap; }
 .grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(13.5rem, 1fr)); gap: 1rem; }
 figure { margin: 0; } figure img { width: 96px; height: 96px; image-rendering: pixelated; border: 3px solid; }
 .right { border-color: #2a9d4a !important; } .wrong { border-color: #d33 !important; }
@@ -81,7 +81,7 @@ def as_text(scores: Mapping[str, Mapping[str, Score]]) -> str:
         for drawer, title in DRAWERS.items():
             of = scores[drawer].get(name)
             if of is not None:
-                label = f"{SETS.get(name, 'all')[:26]:28}{title:14}"
+                label = f"{SETS.get(name, name):28}{title:14}"
                 clip = f"{of.clip:7.1f}" if of.clip is not None else ""
                 lines.append(f"{label}{of.pictures:9}{of.follows:9.1%}{of.sharpness:11.3f}{clip}")
     return "\n".join(lines)
@@ -94,20 +94,15 @@ def _page(out: Path, judged: Mapping[str, list[Judged]], scores: Mapping[str, Ma
         "<p>Both experts began with <code>demo/model</code> and learned their own timesteps at once. Here they draw "
         "together, beside the start model alone, from the same noise. A judge without a network reads every picture: "
         "<em>follows</em> is the number of shapes, each one's kind and colour, and how they stand, all right in one "
-        "picture; <em>sharpness</em> is how steep edges are (1 = as drawn). Left of each two pictures is the start "
-        "model's, right the experts'; green frames follow their prompt.</p>",
+        "picture; <em>sharpness</em> is how steep edges are (1 = as drawn). A colour that is held out is one in which "
+        "no data set shows that kind of shape. Left of each two pictures is the start model's, right the experts'; "
+        "green frames follow their prompt.</p>",
         _table(scores),
     ]
+    pairs = list(zip(judged["start"], judged["pair"], strict=True))
     for name, title in SETS.items():
-        figures = [
-            _figure(out, pair)
-            for pair in zip(judged["start"], judged["pair"], strict=True)
-            if set_of(pair[0].prompt) == name
-        ]
-        parts.append(
-            f"<h2>{html.escape(title.capitalize())}</h2><p>Left the start model, right both experts; green where the"
-        )
-        parts.append(f"picture follows its prompt.</p><div class=grid>{''.join(figures)}</div>")
+        figures = "".join(_figure(out, pair) for pair in pairs if set_of(pair[0].prompt) == name)
+        parts.append(f"<h2>{html.escape(title.capitalize())}</h2><div class=grid>{figures}</div>")
     return "\n".join(parts) + "\n"
 
 
@@ -118,7 +113,7 @@ def _table(scores: Mapping[str, Mapping[str, Score]]) -> str:
         for drawer, title in DRAWERS.items():
             if of := scores[drawer].get(name):
                 cells = "".join(f"<td>{_shown(column, getattr(of, column))}</td>" for column in COLUMNS)
-                label = html.escape(SETS.get(name, "all"))
+                label = html.escape(SETS.get(name, name))
                 rows.append(f"<tr><td>{label}</td><td>{title}</td><td>{of.pictures}</td>{cells}</tr>")
     return f"<table><tr>{head}</tr>{''.join(rows)}</table>"
 
