@@ -18,7 +18,7 @@ CONFIGS, MODEL = Path("configs/demo"), Path("demo/model")
 COUNT = 1024
 SIZES = ("96x96", "80x112", "112x80")  # the buckets of configs/demo/cache.toml
 PROMPTS = 24  # of each set
-DRAWING = ["--steps", "30", "--guidance", "4", "--height", "96", "--width", "96"]
+DRAWING = ["--steps", "30", "--guidance", "2.5", "--height", "96", "--width", "96"]
 
 
 def main(out: Path) -> int:

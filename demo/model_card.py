@@ -22,8 +22,8 @@ from demo.score import judge_pictures, score_sets
 from demo.train_vae import SIZES_HW, psnr_db
 from shared.vae import Vae
 
-STEPS, GUIDANCE = 30, 4.0
-PROMPTS = 200  # of each set
+STEPS, GUIDANCE = 30, 2.5
+PROMPTS = 100  # of each set
 RECONSTRUCTED = 128  # held-out pictures of each size
 RETRIEVED = 256
 
@@ -140,7 +140,8 @@ def _card(model: Path, scores: Mapping[str, Any]) -> str:
         width=PICTURE_HW[1],
         prompts=PROMPTS,
         drawn="\n".join(rows),
-        **scores,
+        vae=scores["vae"],
+        clip=scores["clip"],
     )
 
 

@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--prompts", type=Path, required=True, metavar="FILE", help="text file, a prompt on each line")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the pictures")
     parser.add_argument("--steps", type=int, default=30, help="default: %(default)s")
-    parser.add_argument("--guidance", type=float, default=4.0, help="default: %(default)s")
+    parser.add_argument("--guidance", type=float, default=2.5, help="default: %(default)s")
     parser.add_argument("--height", type=int, default=PICTURE_HW[0], help="pixels (default: %(default)s)")
     parser.add_argument("--width", type=int, default=PICTURE_HW[1], help="pixels (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
