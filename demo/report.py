@@ -33,9 +33,9 @@ COLUMNS = {
 }
 SHARES = ("follows", "kind", "colour", "relation", "size", "position", "ground")
 STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; padding: 0 1rem; color: #222; }
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 76rem; padding: 0 1rem; color: #222; }
 table { border-collapse: collapse; margin: 1rem 0; }
-th, td { padding: .2rem .7rem; text-align: right; border-bottom: 1px solid #ddd; }
+th, td { padding: .2rem .5rem; text-align: right; border-bottom: 1px solid #ddd; }
 th:first-child, td:first-child, td:nth-child(2) { text-align: left; white-space: nowrap; }
 .grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(13.5rem, 1fr)); gap: 1rem; }
 figure { margin: 0; } figure img { width: 96px; height: 96px; image-rendering: pixelated; border: 3px solid; }
