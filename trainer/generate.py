@@ -83,9 +83,9 @@ def read_prompts(given: Sequence[str], path: Path | None) -> list[str]:
         try:
             lines = path.read_text(encoding="utf-8-sig").splitlines()
         except UnicodeDecodeError as error:
-            raise DataError(
-                f"{path} is not UTF-8 text: byte {error.start} is 0x{error.object[error.start]:02x}"
-            ) from None
+            raise DataError(f"{path} is not UTF-8 text (at byte {error.start})") from None
+        except OSError as error:
+            raise ConfigError(f"--prompts {path}: {error.strerror}") from None
     prompts = [*given, *(line.strip() for line in lines if line.strip())]
     if not prompts:
         raise ConfigError("nothing to draw: give --prompt TEXT or --prompts FILE with a prompt on each line")
