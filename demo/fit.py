@@ -3,7 +3,7 @@
 Step s is a function of (weights before it, seed, s), so a run that was killed goes on from its newest checkpoint as if
 it had not been; bit for bit with the same number of threads.
 
-    NAME.safetensors   weights, their average, AdamW's state, the step
+    NAME.safetensors   weights, their average, the optimizer's state, the step
     NAME.jsonl         the losses
 """
 

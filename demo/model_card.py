@@ -45,7 +45,9 @@ run: the model that both experts begin with. Weights are fp16; {megabytes:.1f} M
 {made}
 
 Every batch is a function of a seed and the step, and a stopped run goes on where it was; the same bits come out only
-with the same library versions, processor and number of threads. None of the combinations of kind and colour that
+with the same library versions, processor and number of threads. These weights were made with interruptions: the VAE's
+first 200 steps ran on one thread and all of it under an earlier form of the optimizer's clipping and weight decay, so
+that the command above gives weights like these and not these bits. None of the combinations of kind and colour that
 `demo.scene.held_out_combinations` names was ever shown to it. The words are those of `demo.captions.WORDS`.
 
 ## What it reaches

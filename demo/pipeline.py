@@ -59,9 +59,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--width", type=int, default=PICTURE_HW[1], help="pixels (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     options = parser.parse_args(arguments)
+    from shared.errors import ExpertsError
+    from trainer.generate import read_prompts
+
     try:
-        prompts = [line.strip() for line in options.prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
+        prompts = read_prompts([], options.prompts)
         options.out.mkdir(parents=True, exist_ok=True)
+    except ExpertsError as error:
+        parser.exit(error.exit_code, f"{parser.prog}: {error}\n")
     except OSError as error:
         parser.error(f"{error.filename}: {error.strerror}")
     size_hw = (options.height, options.width)

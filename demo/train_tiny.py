@@ -6,7 +6,7 @@ stopped is begun again by the same command. Hours on two cores, minutes on a GPU
     vae         fit        drawn pictures -> model/vae
     clip        fit        drawn pictures and captions -> model/text_encoder, text_encoder_2, clip
     store       demo.shapes, cache-build     -> pictures, store
-    unet        train-expert over every timestep, slower and slower -> run -> model/unet
+    unet        train-expert, run after run, slower and slower -> runs -> model/unet
     measure     drawn by diffusers' pipeline, judged -> model/README.md
 """
 
