@@ -1,4 +1,5 @@
 # make demo   the whole job on the small world, with nothing but Python 3.11+ and make on the machine
+# make bench  what we claim about speed, as ratios of one run (minutes)
 # make test   formatting, lint, types, import contracts and the default suite
 PYTHON ?= python3
 BIN := .venv/bin
@@ -7,7 +8,7 @@ OUT ?= demo-out
 # Models come from folders here; nothing is looked for on the network.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test check test-full clean
+.PHONY: demo test check test-full bench clean
 
 demo: .venv/demo.done
 	$(BIN)/python -m demo.main_job $(OUT)
@@ -23,6 +24,9 @@ check: .venv/test.done
 
 test-full: .venv/test.done
 	$(BIN)/python -m pytest -m "not gpu" --durations=20
+
+bench: .venv/test.done
+	$(BIN)/python -m benchmarks.store_read
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
