@@ -1,7 +1,7 @@
 """Pillow's only door in this tower: untrusted bytes -> upright sRGB pixels -> the crop that the VAE sees.
 
 bytes -> read_size -> (buckets.plan_crop) -> decode -> crop -> encode.py
-                                                 \\-> thumbnail -> difference_hash -> the split, near copies
+                                                 \\-> thumbnail -> difference_hashes -> the split, near copies
 
 Whatever a decoder does to one picture (any exception, a lie about its size) costs that one picture: PictureError.
 What the pixels are depends on the bytes and on PixelRules alone; a change here that alters them raises PIXELS_VERSION.
@@ -98,11 +98,11 @@ def thumbnail(pixels: Pixels) -> Pixels:
     return np.asarray(Image.fromarray(pixels).resize((9, 8), Image.Resampling.BILINEAR, reducing_gap=16))
 
 
-def difference_hash(thumb: Pixels) -> int:
-    """64 bits of a thumbnail [8, 9, 3], row by row: is each area clearly lighter than its left neighbour."""
-    luma = thumb.astype(np.int64) @ _LUMA
-    bits = luma[:, 1:] > luma[:, :-1] + HASH_MARGIN * int(_LUMA.sum())
-    return int.from_bytes(np.packbits(bits).tobytes(), "big")
+def difference_hashes(thumbs: Pixels) -> np.ndarray[Any, np.dtype[np.uint64]]:
+    """64 bits of each thumbnail [N, 8, 9, 3], row by row: is each area clearly lighter than its left neighbour; [N]."""
+    luma = thumbs.astype(np.int32) @ _LUMA.astype(np.int32)
+    bits = luma[:, :, 1:] > luma[:, :, :-1] + HASH_MARGIN * int(_LUMA.sum())
+    return np.packbits(bits.reshape(-1, 64), axis=1).view(">u8").reshape(-1).astype(np.uint64)
 
 
 def _decode(data: bytes, rules: PixelRules, limits: PixelLimits) -> Image.Image:

@@ -5,14 +5,14 @@ lies within NEAR_BITS of a held-out hash and looks the same is held out too.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
 
 from cache_builder.config import SplitRules
-from cache_builder.pixels import difference_hash
+from cache_builder.pixels import difference_hashes
 
 # Copies at 50 to 90 % of the size, as JPEG of quality 60 to 90, or both, of 1,300 photo-like pictures, clip art, line
 # art and sketches of 64 px and more: at most 5 bits, 4.2 levels, and 0.5 levels + 0.19 of the contrast; of 300 shapes
@@ -22,6 +22,7 @@ from cache_builder.pixels import difference_hash
 NEAR_BITS = 16
 NEAR_LEVELS = 4.5  # mean difference between two thumbnails, of 255
 NEAR_NOISE, NEAR_SHARE = 0.5, 0.2  # levels, and of the contrast of the flatter one
+ROUNDING = 1e-3  # levels; more than what float32 means of bytes are off by
 
 Thumbnail = np.ndarray[Any, np.dtype[np.uint8]]
 
@@ -30,10 +31,13 @@ def held_out(rules: SplitRules, paths: Sequence[str], thumbnails: Sequence[Thumb
     """For each sample, by its path and thumbnail, whether it is held out of training."""
     if rules.group == "folder":
         return [_chosen(rules, str(PurePosixPath(path).parent).encode()) for path in paths]
-    hashes = [difference_hash(thumbnail) for thumbnail in thumbnails]
-    chosen = np.array([_chosen(rules, value.to_bytes(8, "big")) for value in hashes], bool)
+    if not thumbnails:
+        return []
+    thumbs = np.stack(thumbnails)  # [N, 8, 9, 3]
+    hashes = np.concatenate([difference_hashes(part) for part in _parts(thumbs)])
+    chosen = np.array([_chosen(rules, value.to_bytes(8, "big")) for value in hashes.tolist()], bool)
     if chosen.any():
-        _follow_near_copies(chosen, np.array(hashes, np.uint64), np.stack(thumbnails).astype(np.int16))
+        _follow_near_copies(chosen, hashes, thumbs)
     return [bool(is_held_out) for is_held_out in chosen]
 
 
@@ -46,18 +50,35 @@ def _chosen(rules: SplitRules, group: bytes) -> bool:
 def _follow_near_copies(
     chosen: np.ndarray[Any, np.dtype[np.bool_]],  # [N], changed in place
     hashes: np.ndarray[Any, np.dtype[np.uint64]],  # [N]
-    thumbnails: np.ndarray[Any, np.dtype[np.int16]],  # [N, 8, 9, 3]
+    thumbs: Thumbnail,  # [N, 8, 9, 3]
 ) -> None:
-    """Hold out what is a near copy of something held out, and its near copies in turn."""
-    mean = thumbnails.mean(axis=(1, 2))  # [N, 3]
-    contrast = np.abs(thumbnails - mean[:, None, None]).mean(axis=(1, 2, 3))
+    """Hold out what is a near copy of something held out, and its near copies in turn.
+
+    Copies are alike in brightness too, so only a window of all pictures in order of brightness is looked at.
+    """
+    mean = np.concatenate([part.mean(axis=(1, 2), dtype=np.float32) for part in _parts(thumbs)])  # [N, 3]
+    contrast = np.concatenate(
+        [np.abs(part - part.mean((1, 2), np.float32, keepdims=True)).mean((1, 2, 3)) for part in _parts(thumbs)]
+    )
     alike = np.minimum(NEAR_LEVELS, NEAR_NOISE + NEAR_SHARE * contrast)
+    order = np.argsort(mean.mean(axis=1), kind="stable")
+    brightness, mean, hashes = mean.mean(axis=1)[order], mean[order], hashes[order]
+    place = np.empty_like(order)
+    place[order] = np.arange(len(order))
     frontier = list(np.flatnonzero(chosen))
     while frontier:
         index = frontier.pop()
-        near = np.flatnonzero((np.bitwise_count(hashes ^ hashes[index]) <= NEAR_BITS) & ~chosen)
-        near = near[np.abs(mean[near] - mean[index]).mean(axis=1) <= alike[index]]  # cheap, and never above the next
-        difference = np.abs(thumbnails[near] - thumbnails[index]).mean(axis=(1, 2, 3))
+        at, reach = place[index], alike[index] + ROUNDING
+        first, last = np.searchsorted(brightness, (brightness[at] - reach, brightness[at] + reach))
+        near = first + np.flatnonzero(np.abs(mean[first:last] - mean[at]).mean(axis=1) <= reach)
+        near = order[near[np.bitwise_count(hashes[near] ^ hashes[at]) <= NEAR_BITS]]
+        near = near[~chosen[near]]
+        difference = np.abs(thumbs[near].astype(np.int16) - thumbs[index]).mean(axis=(1, 2, 3))
         copies = near[difference <= np.minimum(alike[near], alike[index])]
         chosen[copies] = True
         frontier += list(copies)
+
+
+def _parts(thumbs: Thumbnail) -> Iterator[Thumbnail]:
+    """A few thousand at once: what is worked out of them is much larger than they are."""
+    return (thumbs[first : first + 4096] for first in range(0, len(thumbs), 4096))
