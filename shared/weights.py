@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from shared.errors import DataError
+from shared.weights_memory import remembered_digest
 
 _UNSAFE = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
+DIGEST_FORMAT = 1
 _MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 
 
@@ -61,13 +63,22 @@ def weights_digest(folder: Path, config_keys: Mapping[str, Any], strip_prefix: s
     some versions of a library put before every name. Files, paths and times do not count.
     """
     config = read_component_config(folder)
-    digest = hashlib.blake2b(digest_size=32)
-    settings = {key: config.get(key, default) for key, default in sorted(config_keys.items())}
-    digest.update(json.dumps(settings, sort_keys=True).encode())
-    for name, entry, data in _tensors(find_weights(folder), strip_prefix):
-        digest.update(json.dumps([name, entry["dtype"], entry["shape"]]).encode())
-        digest.update(data)
-    return digest.hexdigest()
+    settings = json.dumps(
+        {key: config.get(key, default) for key, default in sorted(config_keys.items())}, sort_keys=True
+    )
+    files = find_weights(folder)
+
+    def work_out() -> str:
+        digest = hashlib.blake2b(settings.encode(), digest_size=32)
+        for name, entry, data in _tensors(files, strip_prefix):
+            digest.update(json.dumps([name, entry["dtype"], entry["shape"]]).encode())
+            digest.update(data)
+        return digest.hexdigest()
+
+    try:
+        return remembered_digest(json.dumps([DIGEST_FORMAT, settings, strip_prefix]), files, work_out)
+    except OSError as error:
+        raise DataError(f"{error.filename or folder}: {error.strerror or error}") from None
 
 
 def bytes_digest(parts: Iterable[bytes]) -> str:
