@@ -14,7 +14,6 @@ what can be compared; rates depend on the machine.
 
 import argparse
 import json
-import multiprocessing
 import random
 import subprocess
 import sys
@@ -127,12 +126,14 @@ def plain_copy(folder: Path, layout: Layout, batches: Batches) -> Callable[[], i
     return read
 
 
-def from_store(store: StoreReader, layout: Layout, batches: Batches) -> Callable[[], int]:
-    """What trainer.data does for each batch."""
+def from_store(
+    store: StoreReader, layout: Layout, batches: Batches, indices: Sequence[int] | None = None
+) -> Callable[[], int]:
+    """What trainer.data does for each batch; of `indices` or drawn at random."""
 
     def read() -> int:
         with store.snapshot() as snapshot:
-            for row, index in enumerate(batches.draw()):
+            for row, index in enumerate(indices or batches.draw()):
                 for record in layout:
                     snapshot.copy_into(key_of(record, index), batches.targets(record, row))
         return BATCH
@@ -243,61 +244,6 @@ class Mds:
         return int(line)
 
 
-def measure_two(count: int, seconds: float) -> dict[str, float]:
-    """Two reader processes at once against one: samples per second, and memory of the second one's own."""
-    with tempfile.TemporaryDirectory() as name:
-        write_layouts(Path(name), MOMENTS, count, ())
-        one = _readers(Path(name), count, 1, seconds)
-        two = _readers(Path(name), count, 2, seconds)
-    return {
-        "one_per_s": one[0][0],
-        "two_per_s": sum(rate for rate, _, _ in two),
-        "ratio": sum(rate for rate, _, _ in two) / one[0][0],
-        "pss_one_mib": one[0][1],
-        "pss_two_mib": sum(pss for _, pss, _ in two),
-        "private_each_mib": max(private for _, _, private in two),
-    }
-
-
-def _readers(folder: Path, count: int, processes: int, seconds: float) -> list[tuple[float, float, float]]:
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(processes) as pool:
-        barrier = context.Manager().Barrier(processes)
-        return pool.starmap(_read_for, [(folder, count, seconds, barrier)] * processes, chunksize=1)
-
-
-def _read_for(folder: Path, count: int, seconds: float, barrier: Any) -> tuple[float, float, float]:
-    import time
-
-    batches = Batches(MOMENTS, count)
-    with StoreReader(folder / "store") as store:
-        read = from_store(store, MOMENTS, batches)
-        for _ in range(count // BATCH):
-            read()
-        barrier.wait()
-        done, began = 0, time.perf_counter()
-        while time.perf_counter() - began < seconds:
-            done += read()
-        rate = done / (time.perf_counter() - began)
-        barrier.wait()
-        pss, private = _store_mib(folder / "store" / "data.mdb")
-        barrier.wait()
-    return rate, pss, private
-
-
-def _store_mib(data: Path) -> tuple[float, float]:
-    """Memory that this process is charged for the mapped store, and how much of it is its alone; MiB."""
-    found, pss, private = False, 0, 0
-    for line in Path("/proc/self/smaps").read_text().splitlines():
-        if "-" in line.split(" ", 1)[0]:
-            found = line.endswith(str(data))
-        elif found and line.startswith("Pss:"):
-            pss += int(line.split()[1])
-        elif found and line.startswith("Private_Dirty:"):
-            private += int(line.split()[1])
-    return pss / 1024, private / 1024
-
-
 def show(title: str, rates: Mapping[str, Rate], size: int) -> None:
     """One table: samples and bytes per second, and what the store's rate is of each."""
     ours = rates["store"].median
@@ -325,11 +271,6 @@ def main() -> int:
     rates = measure(SMALL, 20 * options.count, options.rounds, (), None)
     show("small records", rates, sample_bytes(SMALL))
     results["small"] = {name: vars(rate) for name, rate in rates.items()}
-    results["two readers"] = two = measure_two(options.count, 4.0)
-    print(
-        f"\ntwo reader processes at once: {two['ratio']:.2f} times one; the store's memory is {two['pss_one_mib']:.0f} "
-        f"MiB with one, {two['pss_two_mib']:.0f} with two"
-    )
     if options.json:
         options.json.write_text(json.dumps(results, indent=1) + "\n")
     return 0
