@@ -4,7 +4,7 @@ from cache_builder.config import BuildConfig
 from cache_builder.pixels import EXTENSIONS
 from cache_builder.report import BuildReport
 from cache_builder.sources import Source
-from cache_builder.sources.rules import SourceRules
+from cache_builder.sources.rules import TABLE_SUFFIXES, SourceRules
 
 REASONS = 5
 _OTHER_KINDS = {".tar": "webdataset", ".parquet": "table", ".jsonl": "table", ".csv": "table"}
@@ -28,18 +28,20 @@ def nothing_found(source: Source, rules: SourceRules, report: BuildReport) -> st
         more = len(report.skipped) - REASONS
         reasons += [f"and for {more} more reasons"] if more > 0 else []
         return f"no picture of {source.dataset_id} can be used: {report.seen} seen; {'; '.join(reasons)}"
-    what, wanted = _wanted(rules)
+    what, wanted = _wanted(rules, source.containers)
     others = source.passed_over
     kinds = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(8))
     seen = f"{others.total()} files seen, none of them {what} by name ({kinds})" if others else "it holds no files"
-    if rules.kind == "webdataset" and not others:
-        seen = "its shards hold no files"
+    if source.containers and (rules.kind == "table" or not others):
+        seen = "its tables have no rows" if rules.kind == "table" else "its shards hold no files"
     return f"no pictures in {source.dataset_id}: {seen}; {wanted}{_other_kind(source, rules)}"
 
 
-def _wanted(rules: SourceRules) -> tuple[str, str]:
+def _wanted(rules: SourceRules, containers: int) -> tuple[str, str]:
     if rules.kind == "table":
-        return "tables", "tables end in .csv, .jsonl, .parquet and have a row for each picture"
+        return "tables", f"tables end in {', '.join(TABLE_SUFFIXES)} and have a row for each picture"
+    if rules.kind == "webdataset" and not containers:
+        return "shards", "shards end in .tar and hold key.jpg with key.txt"
     return "pictures", f"pictures end in {', '.join(sorted(EXTENSIONS))}"
 
 

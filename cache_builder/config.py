@@ -70,7 +70,7 @@ class SplitRules(Config):
 class DatasetConfig(Config):
     """One data set; what its tables do not say is as in the tables of the same name above all data sets."""
 
-    id: str = Field(min_length=1, max_length=200)
+    id: str = Field(min_length=1)
     """Its name in the manifest, and part of each sample's identity."""
     root: Path
     """Folder, table, or tar shards; relative to the folder of the file that names it."""

@@ -25,6 +25,8 @@ def choose_datasets(config: BuildConfig, folder: Path | None, dataset_id: str | 
         if dataset_id is not None:
             raise ConfigError("--dataset names the data set of a FOLDER; those of the configuration have an id")
         return config
+    if dataset_id == "":
+        raise ConfigError("--dataset: an empty name")
     if config.datasets:
         raise ConfigError(f"FOLDER {folder} and the configuration's [[datasets]]: give one of them")
     only = DatasetConfig(

@@ -44,6 +44,8 @@ class Source(Protocol):
     dataset_id: str
     passed_over: Counter[str]
     """Files of the last scan that were neither read nor captions in use, by suffix: for "no pictures" messages."""
+    containers: int
+    """How many tables or shards the last scan met; 0 where pictures are files of their own."""
 
     def scan(self) -> Iterator[Found | Skipped]:
         """Everything that should be a picture, in an order that names and rows decide; raises DataError at once."""

@@ -50,6 +50,8 @@ def members(file: BinaryIO) -> Iterator[Member | Refused]:
             at = member.offset_data
             if not member.isdir():
                 yield _member(member, end)
+            if member.isreg() and member.offset_data + member.size > end:
+                return  # it is cut short, and the last
         _check_end(file, archive.offset, end)
     except (tarfile.TarError, RecursionError, ValueError, OverflowError) as error:
         said = str(error).splitlines() or [type(error).__name__]

@@ -36,6 +36,7 @@ class FolderSource:
         self.root = root
         self.dataset_id = dataset_id
         self.passed_over: Counter[str] = Counter()
+        self.containers = 0
         self._caption_rules = caption_rules
         self._max_bytes = max_bytes
         self._rules = rules

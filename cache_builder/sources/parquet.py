@@ -6,6 +6,7 @@ file -> ParquetTable.rows -> Row(number, values) -> table.py, metadata.py
 Pictures are read again in about the order of the scan, so a file is streamed anew for each pass, never held whole.
 """
 
+import weakref
 from collections import deque
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -40,6 +41,7 @@ class ParquetTable:
         self.path = path
         with _untrusted():
             stream = open_beneath(root, path)
+            self._finalize = weakref.finalize(self, stream.close)  # a shelf is dropped with its table open
             self._file = pq.ParquetFile(stream, buffer_size=_BUFFER_BYTES, pre_buffer=False)
             self._schema = self._file.schema_arrow
             footer = self._file.metadata
@@ -50,7 +52,7 @@ class ParquetTable:
 
     def close(self) -> None:
         """Let go of the file."""
-        self._file.close(force=True)  # it is not Arrow that opened it
+        self._finalize()
 
     def embedded(self, names: Collection[str]) -> list[str]:
         """Those of `names` whose columns hold bytes, or structs of {bytes, path}."""

@@ -18,8 +18,8 @@ _Line = tuple[int, str | DataError]
 MAX_LINE_BYTES = 1 << 20
 MAX_RECORD_LINES = 256  # lines of one quoted CSV record; beyond, its quote was never closed
 _BOM = b"\xef\xbb\xbf"
-_NUMBER = re.compile(r"-?(0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?")
-_WHOLE = re.compile(r"-?(0|[1-9]\d{0,17})")  # 007 is no number: its zeros would be lost
+_WHOLE = re.compile(r"-?(0|[1-9][0-9]{0,18})")  # 007 is no number: its zeros would be lost
+_NUMBER = re.compile(r"-?(0|[1-9][0-9]{0,18})(\.[0-9]{1,40})?([eE][+-]?[0-9]{1,3})?")
 
 
 @dataclass(frozen=True)
@@ -44,12 +44,14 @@ def read_jsonl(file: BinaryIO) -> Iterator[Row | BadRow]:
         if isinstance(line, DataError):
             yield BadRow(number, str(line))
         elif line.strip():
-            yield _json_row(number, line)
+            yield _json_row(number, line.rstrip())
 
 
 def _json_row(number: int, line: str) -> Row | BadRow:
     try:
         values = json.loads(line)
+    except json.JSONDecodeError as error:
+        return BadRow(number, f"not JSON at column {error.pos + 1}: {error.msg}")
     except (ValueError, RecursionError) as error:
         return BadRow(number, f"not JSON: {str(error)[:80]}")
     return Row(number, values) if isinstance(values, dict) else BadRow(number, "not a JSON object")
@@ -106,8 +108,8 @@ def _csv_type(field: str) -> type:
     if field.lower() in ("true", "false"):
         return bool
     if _WHOLE.fullmatch(field):
-        return int
-    return float if len(field) < 40 and _NUMBER.fullmatch(field) else str
+        return int if -(2**63) <= int(field) < 2**63 else str
+    return float if _NUMBER.fullmatch(field) else str
 
 
 def _wider(one: type | None, other: type) -> type:

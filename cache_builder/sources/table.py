@@ -30,6 +30,7 @@ class TableSource:
         self.root = root
         self.dataset_id = dataset_id
         self.passed_over: Counter[str] = Counter()
+        self.containers = 0
         self._rules, self._caption_rules, self._max_bytes = rules, caption_rules, max_bytes
         self._folder = root
         self._shelf = PictureShelf(root, max_bytes)
@@ -37,6 +38,7 @@ class TableSource:
     def scan(self) -> Iterator[Found | Skipped]:
         """Every row in order, file after file, sorted by path; raises DataError at once where there is no table."""
         self.passed_over.clear()
+        self.containers = 0
         try:
             if self.root.is_dir():
                 return self._read_all((path, path, why) for path, why in list(self._shards()))
@@ -59,6 +61,7 @@ class TableSource:
         self, shards: Iterable[tuple[str, str, str | None]], folder: Path | None = None
     ) -> Iterator[Found | Skipped]:
         for label, path, why in shards:
+            self.containers += 1
             try:
                 if why is not None:
                     raise DataError(why)

@@ -41,12 +41,14 @@ class WebDatasetSource:
         self.root = root
         self.dataset_id = dataset_id
         self.passed_over: Counter[str] = Counter()
+        self.containers = 0
         self._rules, self._caption_rules, self._max_bytes = rules, caption_rules, max_bytes
         self._columns = Columns(rules, caption_rules)
 
     def scan(self) -> Iterator[Found | Skipped]:
         """Every picture in the order of shards and members; raises DataError at once where a shard is missing."""
         self.passed_over.clear()
+        self.containers = 0
         try:
             if self.root.is_dir():
                 shards = [
@@ -67,6 +69,7 @@ class WebDatasetSource:
 
     def _shard(self, folder: Path, path: str, label: str, why: str | None) -> Iterator[Found | Skipped]:
         label = printable(label)
+        self.containers += 1
         try:
             if why is not None:
                 raise DataError(why)
@@ -82,11 +85,12 @@ class WebDatasetSource:
     def _group(self, shard: "_Shard", group: Sequence[Member | Refused]) -> Iterator[Found | Skipped]:
         """The pictures among the files of one key."""
         by_suffix = {suffix: item for item in reversed(group) if (suffix := _suffix(item.name))}
-        used = [*[ext for ext in self._caption_rules.extensions if ext in by_suffix][:1], ".json"]
+        captions = [ext for ext in self._caption_rules.extensions if ext in by_suffix][:1]
+        used = [*captions, ".json"] if any(_is_picture(item.name) for item in group) else []
         for item in group:
             if os.path.basename(item.name).startswith("."):
                 self.passed_over["(hidden)"] += 1
-            elif os.path.splitext(item.name)[1].lower() in EXTENSIONS:
+            elif _is_picture(item.name):
                 yield self._picture(shard, item, [(ext, by_suffix[ext]) for ext in used if ext in by_suffix])
             elif _suffix(item.name) not in used:
                 self.passed_over[printable(os.path.splitext(item.name)[1].lower()) or "(no suffix)"] += 1
@@ -186,6 +190,10 @@ def _groups(items: Iterator[Member | Refused]) -> Iterator[list[Member | Refused
         yield group
     if damage:
         raise damage
+
+
+def _is_picture(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in EXTENSIONS
 
 
 def _key(name: str) -> tuple[str, str]:
