@@ -14,13 +14,14 @@ from cache_builder.config import BuildConfig
 from cache_builder.encode import SampleEncoder
 from cache_builder.fill import Filler
 from cache_builder.keys import sample_id, text_key
+from cache_builder.meta import meta_row, meta_types
 from cache_builder.report import BuildReport
 from cache_builder.scan import Sample, Scanner
 from cache_builder.sources import Source
 from cache_builder.split import Thumbnail, held_out
 from shared.errors import DataError
 from shared.manifest import check_data_sets, seal_manifest
-from shared.manifest_rows import ManifestRow, ManifestSettings, Variant
+from shared.manifest_rows import ManifestRow, ManifestSettings, MetaType, Variant
 from shared.store import StoreWriter
 from shared.text_encoders import TextFacts, read_text_facts
 from shared.vae import EncodeDtype, VaeFacts, choose_encode_dtype, read_vae_facts
@@ -56,16 +57,17 @@ def build(sources: Sequence[Source], model: Path, config: BuildConfig, options: 
         dtype = _encode_dtype(config, vae, options.device)
         scanner = Scanner(config, vae.digest, dtype, report)
         samples = scanner.scan(sources, store)
+        meta = meta_types(samples)
         encoder = SampleEncoder(model, options.device, dtype, config.encode.latents, config.text.chunks)
-        filler = Filler(store, config, scanner, report, encoder)
+        filler = Filler(store, config, report, encoder)
         null_key = filler.encode_captions(samples, text)
         usable = filler.encode_pictures(samples, vae)
         report.quarantined.sort()
         _check_quarantine(config, report, usable)
         split = held_out(config.split, [s.path for s in usable], [_known(s.thumbnail) for s in usable])
         report.held_out = sum(split)
-        settings = _settings(config, vae, text, dtype, null_key, datasets, index)
-        rows = [_row(s, is_out, config, text) for s, is_out in zip(usable, split, strict=True)]
+        settings = _settings(config, vae, text, dtype, null_key, datasets, index, meta)
+        rows = [_row(s, is_out, config, text, meta) for s, is_out in zip(usable, split, strict=True)]
         report.digest = seal_manifest(
             options.store, options.manifest, settings, rows, replace=options.replace, allow_shrink=options.allow_shrink
         ).digest
@@ -101,8 +103,10 @@ def _settings(
     null_key: bytes,
     datasets: tuple[str, ...],
     index: Mapping[str, Any],
+    meta: dict[str, MetaType],
 ) -> ManifestSettings:
-    declared = config.model_dump(mode="json", exclude={"encode", "max_quarantined"})
+    declared = config.model_dump(mode="json", exclude={"encode", "max_quarantined", "datasets"})
+    declared["datasets"] = {dataset.id: _rules(config.for_dataset(dataset.id)) for dataset in config.datasets}
     declared["encode"] = {"dtype": dtype, "latents": config.encode.latents}
     return ManifestSettings(
         vae_digest=vae.digest,
@@ -118,10 +122,18 @@ def _settings(
         zeros_for_empty_prompt=bool(index.get("force_zeros_for_empty_prompt", True)),
         datasets=datasets,
         build=declared,
+        meta=meta,
     )
 
 
-def _row(sample: Sample, is_held_out: bool, config: BuildConfig, text: TextFacts) -> ManifestRow:
+def _rules(config: BuildConfig) -> dict[str, Any]:
+    """The rules of one data set; where its root is does not count, so that it may move."""
+    return config.model_dump(mode="json", include={"source", "images", "captions"})
+
+
+def _row(
+    sample: Sample, is_held_out: bool, config: BuildConfig, text: TextFacts, meta: Mapping[str, MetaType]
+) -> ManifestRow:
     plan = sample.plan
     return ManifestRow(
         dataset=sample.dataset,
@@ -133,6 +145,7 @@ def _row(sample: Sample, is_held_out: bool, config: BuildConfig, text: TextFacts
         variants=(Variant(sample.latent_key, plan.flip, (plan.box_top, plan.box_left), plan.target_hw),),
         text_keys=tuple(text_key(caption, config.text.chunks, text.digests) for caption in sample.captions),
         split="eval" if is_held_out else "train",
+        meta=meta_row(sample, meta),
     )
 
 

@@ -1,11 +1,14 @@
 """What a build may be told; `--resolution N` is short for `--set images.resolution=N`."""
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from cache_builder.captions import CaptionRules
-from shared.config import Config
+from cache_builder.sources.rules import TABLE_SUFFIXES, SourceKind, SourceRules
+from shared.config import Config, merge
 
 Byte = Annotated[int, Field(ge=0, le=255)]
 
@@ -64,6 +67,26 @@ class SplitRules(Config):
     """Another salt holds out others."""
 
 
+class DatasetConfig(Config):
+    """One data set; what its tables do not say is as in the tables of the same name above all data sets."""
+
+    id: str = Field(min_length=1)
+    """Its name in the manifest, and part of each sample's identity."""
+    root: Path
+    """Folder, table, or tar shards; relative to the folder of the file that names it."""
+    source: SourceRules = SourceRules()
+    images: ImageRules = ImageRules()
+    captions: CaptionRules = CaptionRules()
+
+    @property
+    def kind(self) -> SourceKind:
+        """What the root is: as it is set, or by its name."""
+        if self.source.kind:
+            return self.source.kind
+        suffix = self.root.suffix.lower()
+        return "webdataset" if suffix == ".tar" else "table" if suffix in TABLE_SUFFIXES else "folder"
+
+
 class BuildConfig(Config):
     """Everything a build is told."""
 
@@ -71,14 +94,57 @@ class BuildConfig(Config):
     """Seed of random crops."""
     images: ImageRules = ImageRules()
     captions: CaptionRules = CaptionRules()
+    source: SourceRules = SourceRules()
     text: TextRules = TextRules()
     encode: EncodeRules = EncodeRules()
     split: SplitRules = SplitRules()
     max_quarantined: float = Field(0.1, ge=0, le=1)
     """Share of the pictures that may be unreadable; above it nothing is sealed and the build fails."""
+    datasets: tuple[DatasetConfig, ...] = ()
+    """The data sets, where there are several or they have rules of their own; else the command line names one."""
+
+    @classmethod
+    def located(cls, table: Mapping[str, Any], folder: Path) -> Mapping[str, Any]:
+        """`table` with the roots of its data sets under `folder`, whose file it is."""
+        datasets = table.get("datasets")
+        if not isinstance(datasets, list):
+            return table
+        return {**table, "datasets": [_with_root(dataset, folder) for dataset in datasets]}
+
+    def for_dataset(self, dataset_id: str) -> "BuildConfig":
+        """The same with the rules of one data set in place of those for all."""
+        own = next((dataset for dataset in self.datasets if dataset.id == dataset_id), None)
+        if own is None:
+            return self
+        source = own.source.model_copy(update={"kind": own.kind})
+        return self.model_copy(update={"images": own.images, "captions": own.captions, "source": source})
+
+    @model_validator(mode="before")
+    @classmethod
+    def _rules_for_all(cls, data: Any) -> Any:
+        """Each data set's tables, over those for all."""
+        if not isinstance(data, Mapping) or not isinstance(data.get("datasets"), list):
+            return data
+        common = {key: data[key] for key in ("source", "images", "captions") if isinstance(data.get(key), Mapping)}
+        merged = [merge(common, dataset) if isinstance(dataset, Mapping) else dataset for dataset in data["datasets"]]
+        return {**data, "datasets": merged}
+
+    @model_validator(mode="after")
+    def _ids_differ(self) -> "BuildConfig":
+        ids = [dataset.id for dataset in self.datasets]
+        if twice := next((name for name in ids if ids.count(name) > 1), None):
+            raise ValueError(f"two data sets have the id {twice!r}; each needs its own")
+        return self
 
     @model_validator(mode="after")
     def _step_fits(self) -> "BuildConfig":
-        if self.images.step > self.images.resolution:
-            raise ValueError(f"images.step {self.images.step} is above images.resolution {self.images.resolution}")
+        for images in (self.images, *(dataset.images for dataset in self.datasets)):
+            if images.step > images.resolution:
+                raise ValueError(f"images.step {images.step} is above images.resolution {images.resolution}")
         return self
+
+
+def _with_root(dataset: Any, folder: Path) -> Any:
+    if not isinstance(dataset, Mapping) or not isinstance(dataset.get("root"), str):
+        return dataset
+    return {**dataset, "root": str(folder / Path(dataset["root"]).expanduser())}

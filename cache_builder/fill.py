@@ -11,7 +11,7 @@ from cache_builder.encode import Crop, Framed, SampleEncoder
 from cache_builder.keys import image_digest, text_facts_key, text_key
 from cache_builder.pixels import crop, decode, thumbnail
 from cache_builder.report import BuildReport
-from cache_builder.scan import Sample, Scanner
+from cache_builder.scan import Sample
 from cache_builder.split import Thumbnail
 from shared.conditioning import TEXT_LENGTH
 from shared.errors import DataError, RecordCorrupt, StoreFull
@@ -42,7 +42,6 @@ class Filler:
 
     store: StoreWriter
     config: BuildConfig
-    scanner: Scanner
     report: BuildReport
     encoder: SampleEncoder
 
@@ -110,12 +109,12 @@ class Filler:
         return lost
 
     def _decode(self, sample: Sample) -> Decoded | DataError:
-        rules = self.scanner.pixel_rules
+        rules = sample.rules
         try:
             data = sample.read()
             if image_digest(data) != sample.digest:
                 return DataError("changed while it was being built; run the same command again")
-            pixels = decode(data, rules, self.scanner.limits)
+            pixels = decode(data, rules, sample.limits)
             if pixels.shape[:2] != sample.original_hw:
                 return DataError("its size is not what its header says")
             return Decoded(Crop(sample.latent_key, crop(pixels, sample.plan, rules)), thumbnail(pixels))

@@ -28,6 +28,13 @@ class BuildReport:
     digest: str = ""
     seconds: float = 0.0
 
+    def add_scan(self, other: "BuildReport") -> None:
+        """Take over what the scan of one data set counted."""
+        self.seen += other.seen
+        self.duplicate += other.duplicate
+        self.skipped += other.skipped
+        self.quarantined += other.quarantined
+
     def check(self) -> None:
         """The sum holds, or the accounting has a fault that nobody should train on."""
         parts = self.stored + self.reused + self.duplicate + self.skipped.total() + len(self.quarantined)

@@ -4,14 +4,15 @@ source.scan() -> read -> digest -> size -> bucket -> crop plan -> latent key; ca
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+from cache_builder.advice import caption_place, nothing_found
 from cache_builder.buckets import CropPlan, make_buckets, nearest_bucket, plan_crop
 from cache_builder.config import BuildConfig
 from cache_builder.keys import crop_draw, facts_key, image_digest, latent_key
-from cache_builder.pixels import EXTENSIONS, PictureError, PixelLimits, PixelRules, read_size
+from cache_builder.pixels import PictureError, PixelLimits, PixelRules, read_size
 from cache_builder.report import BuildReport
-from cache_builder.sources import Found, Skipped, Source
+from cache_builder.sources import Found, MetaValue, Skipped, Source
 from cache_builder.split import Thumbnail
 from shared.errors import DataError, RecordCorrupt
 from shared.store import Snapshot, StoreWriter
@@ -31,6 +32,9 @@ class Sample:
     plan: CropPlan
     latent_key: bytes
     facts_key: bytes
+    rules: PixelRules
+    limits: PixelLimits
+    meta: dict[str, MetaValue]
     thumbnail: Thumbnail | None = None
     """None until the picture has been decoded, in this build or an earlier one."""
 
@@ -44,6 +48,7 @@ class Scanner:
     encode_dtype: EncodeDtype
     report: BuildReport
     without_caption: list[str] = field(default_factory=list)
+    caption_places: dict[str, None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         images = self.config.images
@@ -53,10 +58,17 @@ class Scanner:
 
     def scan(self, sources: Sequence[Source], store: StoreWriter) -> list[Sample]:
         """All samples of `sources`, in order; raises DataError where there is nothing to train on."""
-        samples = [sample for source in sources for sample in self._scan_source(source, store)]
+        samples: list[Sample] = []
+        nothing: list[str] = []
+        for source in sources:
+            own = replace(self, config=self.config.for_dataset(source.dataset_id), report=BuildReport())
+            found = own._scan_source(source, store)
+            self.report.add_scan(own.report)
+            samples += found
+            nothing += [] if found else [nothing_found(source, own.config.source, own.report)]
         self._require_captions()
-        if not samples:
-            raise DataError(_nothing_found(sources, self.report))
+        if nothing:
+            raise DataError(nothing[0])
         return samples
 
     def _scan_source(self, source: Source, store: StoreWriter) -> list[Sample]:
@@ -81,6 +93,7 @@ class Scanner:
             return list(item.captions) or [""]
         if policy == "error":
             self.without_caption.append(item.path)
+            self.caption_places[caption_place(self.config)] = None
         self.report.skipped["no caption"] += 1
         return None
 
@@ -92,6 +105,7 @@ class Scanner:
         if digest in known:  # the same bytes under another name: one sample with the captions of both
             merged = dict.fromkeys([*known[digest].captions, *captions])
             known[digest].captions = list(merged)
+            known[digest].meta = {**item.meta, **known[digest].meta}
             self.report.duplicate += 1
             return
         with store.snapshot() as snapshot:
@@ -101,7 +115,10 @@ class Scanner:
             latent_key(digest, plan, self.pixel_rules, self.vae_digest, self.encode_dtype, self.config.encode.latents),
             facts_key(digest, self.pixel_rules),
         )
-        known[digest] = Sample(dataset, item.path, digest, item.read, captions, size_hw, plan, *keys, thumbnail)
+        known[digest] = Sample(
+            dataset, item.path, digest, item.read, captions, size_hw, plan, *keys,
+            self.pixel_rules, self.limits, dict(item.meta), thumbnail,
+        )  # fmt: skip
 
     def _facts(self, digest: bytes, data: bytes, snapshot: Snapshot) -> tuple[tuple[int, int], Thumbnail | None]:
         key = facts_key(digest, self.pixel_rules)
@@ -124,20 +141,7 @@ class Scanner:
     def _require_captions(self) -> None:
         if self.without_caption:
             names = ", ".join(self.without_caption[:3]) + (" ..." if len(self.without_caption) > 3 else "")
-            extensions = " or ".join(self.config.captions.extensions)
             raise DataError(
-                f"{len(self.without_caption)} of {self.report.seen} pictures have no caption ({names}): write each "
-                f"one beside its picture as {extensions}, or --set captions.missing=skip (leave them out), or =empty"
+                f"{len(self.without_caption)} of {self.report.seen} pictures have no caption ({names}): "
+                f"{', or '.join(self.caption_places)}, or --set captions.missing=skip (leave them out), or =empty"
             )
-
-
-def _nothing_found(sources: Sequence[Source], report: BuildReport) -> str:
-    names = ", ".join(source.dataset_id for source in sources)
-    if report.seen:
-        reasons = [f"{count} {reason}" for reason, count in report.skipped.most_common()]
-        reasons += [f"{path}: {reason}" for path, reason in report.quarantined[:3]]
-        return f"no picture of {names} can be used: {report.seen} seen; {'; '.join(reasons)}"
-    others = sum((source.passed_over for source in sources), start=type(report.skipped)())
-    kinds = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(8))
-    seen = f"{others.total()} files seen, none of them pictures by name ({kinds})" if others else "it holds no files"
-    return f"no pictures in {names}: {seen}; pictures end in {', '.join(sorted(EXTENSIONS))}"

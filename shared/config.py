@@ -25,12 +25,17 @@ class Config(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
+    @classmethod
+    def located(cls, table: Mapping[str, Any], folder: Path) -> Mapping[str, Any]:
+        """`table` as it is meant when it was read from a file in `folder`; for configurations that name paths."""
+        return table
+
 
 def load_config(model: type[ConfigT], files: Sequence[Path] = (), sets: Iterable[str] = ()) -> ConfigT:
     """Read `files` in order, then apply `sets` ("a.b=1"), later ones winning; raises ConfigError naming the key."""
     merged: dict[str, Any] = {}
     for file in files:
-        merged = merge(merged, read_toml(file))
+        merged = merge(merged, model.located(read_toml(file), file.parent))
     for assignment in sets:
         merged = merge(merged, _parse_assignment(assignment))
     return validate(model, merged)

@@ -27,7 +27,7 @@ from pydantic import ValidationError
 
 from shared.atomic import sync_file, sync_folder, write_atomically
 from shared.errors import ConfigError, ManifestMismatch
-from shared.manifest_rows import SCHEMA, ManifestRow, ManifestSettings, Split, column_value, read_row
+from shared.manifest_rows import ManifestRow, ManifestSettings, Split, column_value, read_row, schema_of
 
 MANIFEST_FORMAT = 1
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -154,11 +154,12 @@ def list_manifests(store: Path) -> list[str]:
 def manifest_digest(settings: ManifestSettings, ordered: Iterable[ManifestRow]) -> str:
     """blake2b-256, hex, over the format version, the settings and the rows in order."""
     digest = hashlib.blake2b(digest_size=32)
-    digest.update(msgpack.packb([MANIFEST_FORMAT, json.dumps(settings.model_dump(mode="json"), sort_keys=True)]))
+    digest.update(msgpack.packb([MANIFEST_FORMAT, json.dumps(settings.as_json(), sort_keys=True)]))
     for row in ordered:
         variants = [[v.latent_key, v.flip, *v.crop_top_left, *v.target_hw] for v in row.variants]
         fields = [row.dataset, row.sample_id, row.path, row.image_digest, row.original_hw, row.bucket_hw]
-        digest.update(msgpack.packb([*fields, variants, row.text_keys, row.split], use_bin_type=True))
+        meta = [[row.meta.get(name) for name in sorted(settings.meta)]] if settings.meta else []
+        digest.update(msgpack.packb([*fields, variants, row.text_keys, row.split, *meta], use_bin_type=True))
     return digest.hexdigest()
 
 
@@ -179,8 +180,8 @@ def _check_shrinking(old: Manifest | None, count: int, allow_shrink: bool) -> No
 
 
 def _write(folder: Path, digest: str, settings: ManifestSettings, ordered: Sequence[ManifestRow]) -> None:
-    card = {"format": MANIFEST_FORMAT, "digest": digest, "settings": settings.model_dump(mode="json")}
-    schema = SCHEMA.with_metadata({_METADATA_KEY: json.dumps(card, sort_keys=True).encode()})
+    card = {"format": MANIFEST_FORMAT, "digest": digest, "settings": settings.as_json()}
+    schema = schema_of(settings).with_metadata({_METADATA_KEY: json.dumps(card, sort_keys=True).encode()})
     columns = [pa.array([column_value(row, field.name) for row in ordered], field.type) for field in schema]
     temporary, final = folder / f".{digest}.{os.getpid()}.tmp", folder / f"{digest}.arrow"
     with pa.OSFile(str(temporary), "wb") as file, pa.ipc.new_file(file, schema) as writer:

@@ -1,13 +1,17 @@
 """What stands in a manifest: the settings of its build, and a row for each sample, in Python and in Arrow."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict
 
 Split = Literal["train", "eval"]
+MetaType = Literal["bool", "int", "float", "string", "strings"]
+MetaValue = bool | int | float | str | tuple[str, ...]
+META = "meta_"
+"""What the columns that a user's data set brought along begin with."""
 
 _HW = pa.list_(pa.field("px", pa.int32(), nullable=False), 2)
 _VARIANT = pa.struct(
@@ -32,6 +36,15 @@ SCHEMA = pa.schema(
         pa.field("split", pa.dictionary(pa.int8(), pa.string()), nullable=False),
     ]
 )
+
+
+_META_TYPES: dict[MetaType, pa.DataType] = {
+    "bool": pa.bool_(),
+    "int": pa.int64(),
+    "float": pa.float64(),
+    "string": pa.string(),
+    "strings": pa.list_(pa.field("item", pa.string(), nullable=False)),
+}
 
 
 class ManifestSettings(BaseModel):
@@ -64,7 +77,13 @@ class ManifestSettings(BaseModel):
     datasets: tuple[str, ...]
     """Ids of the data sets whose samples stand in the manifest."""
     build: dict[str, Any]
-    """The rules of the build: pixels, crops, buckets, captions, split."""
+    """The rules of the build: pixels, crops, buckets, captions, split, and those of each data set by its id."""
+    meta: dict[str, MetaType] = {}
+    """Columns that travel along, each as meta_NAME, and what they hold; where a sample has no value it is null."""
+
+    def as_json(self) -> dict[str, Any]:
+        """The settings as they are digested and written; without `meta` where there is none."""
+        return self.model_dump(mode="json", exclude=None if self.meta else {"meta"})
 
 
 @dataclass(frozen=True)
@@ -90,14 +109,24 @@ class ManifestRow:
     variants: tuple[Variant, ...]
     text_keys: tuple[bytes, ...]
     split: Split
+    meta: Mapping[str, MetaValue] = field(default_factory=dict)
+    """What travelled along, by column, without "meta_"; of the types that the settings name."""
 
     def order(self) -> tuple[str, tuple[int, int], bytes]:
         """What rows are sorted by."""
         return self.dataset, self.bucket_hw, self.sample_id
 
 
+def schema_of(settings: ManifestSettings) -> pa.Schema:
+    """SCHEMA and the columns that travel along, by name."""
+    fields = [pa.field(META + name, _META_TYPES[kind]) for name, kind in sorted(settings.meta.items())]
+    return pa.schema([*SCHEMA, *fields])
+
+
 def column_value(row: ManifestRow, name: str) -> Any:
-    """What column `name` of SCHEMA holds for `row`."""
+    """What column `name` of a manifest holds for `row`."""
+    if name.startswith(META):
+        return row.meta.get(name.removeprefix(META))
     if name == "variants":
         return [
             {
@@ -128,6 +157,11 @@ def read_row(row: dict[str, Any]) -> ManifestRow:
         variants=variants,
         text_keys=tuple(row["texts"]),
         split=row["split"],
+        meta={
+            name.removeprefix(META): tuple(value) if isinstance(value, list) else value
+            for name, value in row.items()
+            if name.startswith(META) and value is not None
+        },
     )
 
 

@@ -5,9 +5,13 @@ one or the other, so that what was seen is accounted for; other files are only t
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Protocol
+
+from shared.manifest_rows import MetaValue
+
+__all__ = ["Found", "MetaValue", "Skipped", "Source"]
 
 
 @dataclass(frozen=True)
@@ -15,12 +19,15 @@ class Found:
     """A picture that can be read; `captions` is () where it has none (the builder knows what that means)."""
 
     path: str
-    """Relative to the data set's root, with "/"; data, never opened as it stands."""
+    """Relative to the data set's root, with "/"; SHARD.parquet/ROW or SHARD.tar/NAME where it is no file of its own."""
 
     captions: tuple[str, ...]
 
     read: Callable[[], bytes]
-    """The file's bytes; raises DataError."""
+    """The picture's bytes, as often as they are asked for and from any thread; raises DataError."""
+
+    meta: Mapping[str, MetaValue] = field(default_factory=dict)
+    """What else is known of it, by column."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +43,10 @@ class Source(Protocol):
 
     dataset_id: str
     passed_over: Counter[str]
-    """Files of the last scan that were neither pictures nor captions in use, by suffix: for "no pictures" messages."""
+    """Files of the last scan that were neither read nor captions in use, by suffix: for "no pictures" messages."""
+    containers: int
+    """How many tables or shards the last scan met; 0 where pictures are files of their own."""
 
     def scan(self) -> Iterator[Found | Skipped]:
-        """Everything that is a picture by its name, in an order that depends on the names alone; raises DataError."""
+        """Everything that should be a picture, in an order that names and rows decide; raises DataError at once."""
         ...

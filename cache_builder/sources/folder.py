@@ -1,12 +1,12 @@
-"""A folder of pictures with captions in sidecar files: cat.png and cat.txt; scanned in the order of names.
+"""A folder of pictures with captions in sidecar files, metadata.csv and the like, or their names; in order of names.
 
 root -> sorted walk -> Found(path, captions, read) | Skipped(path, reason) -> build.py
+   metadata.py: rows that name pictures of the folder or below it
 
 Names are data: the root is not left, symbolic links are not followed, and only regular files are opened.
 """
 
 import os
-import stat
 from collections import Counter
 from collections.abc import Iterator
 from functools import partial
@@ -15,28 +15,41 @@ from pathlib import Path
 from cache_builder.captions import MAX_CAPTION_BYTES, CaptionRules, parse_caption
 from cache_builder.pixels import EXTENSIONS
 from cache_builder.sources import Found, Skipped
+from cache_builder.sources.columns import Complaints, name_caption
+from cache_builder.sources.files import entry_kind, list_folder, printable, read_regular, tally_key
+from cache_builder.sources.metadata import Entry, read_metadata
+from cache_builder.sources.rules import SourceRules
 from shared.errors import DataError
-
-_OPEN_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # non-blocking: a FIFO must not hang a build
 
 
 class FolderSource:
     """The pictures under `root`, read recursively; hidden files and folders are passed over."""
 
-    def __init__(self, root: Path, dataset_id: str, caption_rules: CaptionRules, max_bytes: int) -> None:
+    def __init__(
+        self,
+        root: Path,
+        dataset_id: str,
+        caption_rules: CaptionRules,
+        max_bytes: int,
+        rules: SourceRules = SourceRules(),  # noqa: B008 -- frozen
+    ) -> None:
         self.root = root
         self.dataset_id = dataset_id
         self.passed_over: Counter[str] = Counter()
+        self.containers = 0
         self._caption_rules = caption_rules
         self._max_bytes = max_bytes
+        self._rules = rules
+        self._entries: dict[str, list[Entry]] = {}
 
     def scan(self) -> Iterator[Found | Skipped]:
         """Everything under the root that is a picture by its name, sorted by path; raises DataError at once."""
         try:
-            entries = _list(self.root)
+            entries = list_folder(self.root)
         except OSError as error:
             raise DataError(f"data set {self.dataset_id}: folder {self.root}: {error.strerror}") from None
         self.passed_over.clear()
+        self._entries.clear()
         return self._walk(entries)
 
     def _walk(self, entries: list[os.DirEntry[str]]) -> Iterator[Found | Skipped]:
@@ -47,93 +60,84 @@ class FolderSource:
                 levels.pop()
             elif isinstance(item, str):
                 try:
-                    levels.append(self._items(_list(self.root / item), item + "/"))
+                    levels.append(self._items(list_folder(self.root / item), item + "/"))
                 except OSError as error:
-                    yield Skipped(_printable(item) + "/", f"folder cannot be read: {error.strerror}")
+                    yield Skipped(printable(item) + "/", f"folder cannot be read: {error.strerror}")
             else:
                 yield item
+        yield from self._missing()
 
     def _items(self, entries: list[os.DirEntry[str]], prefix: str) -> Iterator[Found | Skipped | str]:
         """One folder's pictures and, as plain strings, its sub-folders."""
         by_name = {entry.name: entry for entry in entries}
         sidecars = {e.name: s for e in entries if _is_picture(e.name) and (s := self._sidecar_name(e.name, by_name))}
-        captions_in_use = set(sidecars.values())
+        metadata = next((name for name in self._rules.metadata if name in by_name), None)
+        if metadata is not None:
+            yield from self._load(by_name[metadata], prefix + metadata)
+        in_use = {*sidecars.values(), metadata}
         for entry in entries:
             name = entry.name
             if name.startswith("."):
                 self.passed_over["(hidden)"] += 1
-            elif _kind(entry) == "folder":
+            elif entry_kind(entry) == "folder":
                 yield prefix + name
             elif _is_picture(name):
-                yield self._picture(entry, prefix + name, by_name.get(sidecars.get(name, "")))
-            elif name not in captions_in_use:
-                self.passed_over[_tally_key(entry)] += 1
+                for row in self._entries.pop(prefix + name, [None]):
+                    yield self._picture(entry, prefix + name, by_name.get(sidecars.get(name, "")), row)
+            elif name not in in_use:
+                self.passed_over[tally_key(entry)] += 1
 
     def _sidecar_name(self, name: str, by_name: dict[str, os.DirEntry[str]]) -> str | None:
         stem = os.path.splitext(name)[0]
         return next((stem + ext for ext in self._caption_rules.extensions if stem + ext in by_name), None)
 
-    def _picture(self, entry: os.DirEntry[str], path: str, sidecar: os.DirEntry[str] | None) -> Found | Skipped:
-        if path != _printable(path):
-            return Skipped(_printable(path), "name is not UTF-8")
-        if (kind := _kind(entry)) != "file":
+    def _load(self, entry: os.DirEntry[str], path: str) -> Iterator[Skipped]:
+        """Keep what a metadata file says of pictures that are met later."""
+        if (kind := entry_kind(entry)) != "file" or path != printable(path):
+            yield Skipped(printable(path), f"{entry.name}: {kind if kind != 'file' else 'its folder is not UTF-8'}")
+            return
+        for item in read_metadata(self.root, path, self._rules, self._caption_rules):
+            if isinstance(item, Skipped):
+                yield item
+            else:
+                self._entries.setdefault(item[0], []).append(item[1])
+
+    def _missing(self) -> Iterator[Skipped]:
+        """Rows that named no picture."""
+        complaints: dict[str, Complaints] = {}
+        for picture, rows in self._entries.items():
+            for row in rows:
+                file = complaints.setdefault(row.file, Complaints(row.file, row.unit))
+                yield file.skip(row.number, f"there is no picture {picture}")
+
+    def _picture(
+        self, entry: os.DirEntry[str], path: str, sidecar: os.DirEntry[str] | None, row: Entry | None
+    ) -> Found | Skipped:
+        if path != printable(path):
+            return Skipped(printable(path), "name is not UTF-8")
+        if (kind := entry_kind(entry)) != "file":
             return Skipped(path, kind)
         try:
-            captions = self._captions(sidecar) if sidecar else ()
+            captions = self._captions(path, sidecar, row)
         except DataError as error:
-            return Skipped(path, f"caption: {error}")
-        return Found(path, captions, partial(read_regular, entry.path, self._max_bytes))
+            return Skipped(path, str(error))
+        read = partial(read_regular, entry.path, self._max_bytes)
+        return Found(path, captions, read, row.meta if row else {})
 
-    def _captions(self, sidecar: os.DirEntry[str]) -> tuple[str, ...]:
-        if (kind := _kind(sidecar)) != "file":
-            raise DataError(kind)
-        return parse_caption(read_regular(sidecar.path, MAX_CAPTION_BYTES), self._caption_rules)
-
-
-def read_regular(path: str, max_bytes: int) -> bytes:
-    """The bytes of a regular file, at most `max_bytes`, never through a symbolic link at its end; raises DataError."""
-    try:
-        with open(os.open(path, _OPEN_FLAGS), "rb") as file:
-            status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                raise DataError("not a regular file")
-            if status.st_size > max_bytes:
-                raise DataError(f"{status.st_size} bytes, more than {max_bytes}")
-            data = file.read(status.st_size + 1)
-    except OSError as error:
-        raise DataError(f"cannot be read: {error.strerror}") from None
-    if len(data) != status.st_size:
-        raise DataError("changed while it was read")
-    return data
-
-
-def _list(folder: Path) -> list[os.DirEntry[str]]:
-    with os.scandir(folder) as entries:
-        return sorted(entries, key=lambda entry: os.fsencode(entry.name))
-
-
-def _kind(entry: os.DirEntry[str]) -> str:
-    """ "file", "folder", or the reason why it is neither."""
-    try:
-        if entry.is_symlink():
-            return "symlink"
-        if entry.is_dir(follow_symlinks=False):
-            return "folder"
-        return "file" if entry.is_file(follow_symlinks=False) else "not a regular file"
-    except OSError as error:
-        return f"cannot be read: {error.strerror}"
+    def _captions(self, path: str, sidecar: os.DirEntry[str] | None, row: Entry | None) -> tuple[str, ...]:
+        if row and row.captions:
+            return row.captions
+        if self._rules.captions_from == "name":
+            return name_caption(path, self._caption_rules)
+        if sidecar is None:
+            return ()
+        try:
+            if (kind := entry_kind(sidecar)) != "file":
+                raise DataError(kind)
+            return parse_caption(read_regular(sidecar.path, MAX_CAPTION_BYTES), self._caption_rules)
+        except DataError as error:
+            raise DataError(f"caption: {error}") from None
 
 
 def _is_picture(name: str) -> bool:
     return not name.startswith(".") and os.path.splitext(name)[1].lower() in EXTENSIONS
-
-
-def _tally_key(entry: os.DirEntry[str]) -> str:
-    if _kind(entry) == "symlink":
-        return "(symlink)"
-    return _printable(os.path.splitext(entry.name)[1].lower()) or "(no suffix)"
-
-
-def _printable(name: str) -> str:
-    """`name` with the bytes that are not UTF-8 written as \\xNN; any other name as it is."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace")

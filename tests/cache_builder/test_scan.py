@@ -32,6 +32,7 @@ class ListSource:
 
     def __init__(self, items: Sequence[Found | Skipped], dataset_id: str = "set") -> None:
         self.dataset_id, self.passed_over, self._items = dataset_id, Counter[str](), items
+        self.containers = 0
 
     def scan(self) -> Iterator[Found | Skipped]:
         return iter(self._items)

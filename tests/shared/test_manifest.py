@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -135,6 +136,7 @@ CHANGED_SETTINGS: dict[str, Any] = {
     "zeros_for_empty_prompt": False,
     "datasets": ("cats",),
     "build": {"resolution": 1024, "split": {"salt": "t", "fraction": 0.02}},
+    "meta": {"score": "float"},
 }
 
 
@@ -148,6 +150,38 @@ def test_digest_depends_on_each_field_of_a_row_and_of_the_settings() -> None:
         settings = SETTINGS.model_copy(update={field: value})
         digests.append(manifest_digest(settings, sorted(ROWS[:12], key=ManifestRow.order)))
     assert len(set(digests)) == len(CHANGED_ROWS) + len(CHANGED_SETTINGS) + 2
+
+
+META: dict[str, Any] = {"score": "float", "likes": "int", "safe": "bool", "artist": "string", "tags": "strings"}
+VALUES: list[dict[str, Any]] = [
+    {"score": 0.5, "likes": -3, "safe": False, "artist": "", "tags": ()},
+    {"score": float("inf"), "likes": 2**62, "safe": True, "artist": "名\n前", "tags": ("a", "b")},
+    {},
+]
+
+
+def test_columns_that_travel_along_come_back_with_their_types(tmp_path: Path) -> None:
+    settings = SETTINGS.model_copy(update={"meta": META})
+    rows = [replace(row, meta=VALUES[index % 3]) for index, row in enumerate(ROWS)]
+    sealed = seal(tmp_path, rows=rows, settings=settings)
+    opened = open_manifest(tmp_path, "train")
+    assert opened.settings.meta == META
+    assert opened.rows(range(len(rows))) == sorted(rows, key=ManifestRow.order)
+    assert {tuple(bucket.hw) for bucket in opened.buckets()} == set(BUCKETS)
+    with pa.memory_map(str(sealed.path)) as file:
+        schema = pa.ipc.open_file(file).schema
+    assert schema.field("meta_score").type == pa.float64()
+    assert schema.field("meta_tags").type.value_type == pa.string()
+    assert all(schema.field("meta_" + name).nullable for name in META)
+
+
+def test_digest_covers_what_travels_along() -> None:
+    settings = SETTINGS.model_copy(update={"meta": META})
+    digests = {manifest_digest(settings, [replace(ROWS[0], meta=values)]) for values in VALUES}
+    digests |= {manifest_digest(settings, [replace(ROWS[0], meta={"likes": value})]) for value in (0, 1)}
+    assert len(digests) == 5
+    without = manifest_digest(SETTINGS, ORDERED)
+    assert manifest_digest(SETTINGS.model_copy(update={"meta": {}}), ORDERED) == without
 
 
 def test_sealing_the_same_twice_writes_one_file_once(tmp_path: Path) -> None:

@@ -1,0 +1,146 @@
+"""A table as a data set: one .parquet, .jsonl or .csv file, or a folder of them; pictures by path or in its rows.
+
+root -> shards -> rows -> Columns -> Found(SHARD/ROW or the picture's path) | Skipped -> build.py
+
+Nothing is held but the rows of one batch; a picture in a row is read again by the row's number.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from cache_builder.captions import CaptionRules
+from cache_builder.sources import Found, Skipped
+from cache_builder.sources.columns import Columns, Complaints
+from cache_builder.sources.files import find_shards, open_beneath, read_beneath, relative_path
+from cache_builder.sources.parquet import Batch, Embedded, ParquetTable, PictureShelf
+from cache_builder.sources.rows import BadRow, Row, csv_columns, csv_types, read_csv, read_jsonl
+from cache_builder.sources.rules import TABLE_SUFFIXES, SourceRules
+from shared.errors import DataError
+
+
+class TableSource:
+    """The pictures of a table; paths in it are relative to its folder."""
+
+    def __init__(
+        self, root: Path, dataset_id: str, rules: SourceRules, caption_rules: CaptionRules, max_bytes: int
+    ) -> None:
+        self.root = root
+        self.dataset_id = dataset_id
+        self.passed_over: Counter[str] = Counter()
+        self.containers = 0
+        self._rules, self._caption_rules, self._max_bytes = rules, caption_rules, max_bytes
+        self._folder = root
+        self._shelf = PictureShelf(root, max_bytes)
+
+    def scan(self) -> Iterator[Found | Skipped]:
+        """Every row in order, file after file, sorted by path; raises DataError at once where there is no table."""
+        self.passed_over.clear()
+        self.containers = 0
+        try:
+            if self.root.is_dir():
+                return self._read_all((path, path, why) for path, why in list(self._shards()))
+            target = self.root.resolve(strict=True)  # the file itself may be a link: the user named it
+        except OSError as error:
+            raise DataError(f"data set {self.dataset_id}: table {self.root}: {error.strerror}") from None
+        if self.root.suffix.lower() not in TABLE_SUFFIXES:
+            raise DataError(
+                f"data set {self.dataset_id}: table {self.root}: tables end in {', '.join(TABLE_SUFFIXES)}; "
+                "source.kind says what a root is"
+            )
+        self._folder = self.root.parent
+        self._shelf = PictureShelf(target.parent, self._max_bytes)
+        return self._read_all([(self.root.name, target.name, None)], target.parent)
+
+    def _shards(self) -> Iterator[tuple[str, str | None]]:
+        return find_shards(self.root, TABLE_SUFFIXES, self.passed_over)
+
+    def _read_all(
+        self, shards: Iterable[tuple[str, str, str | None]], folder: Path | None = None
+    ) -> Iterator[Found | Skipped]:
+        for label, path, why in shards:
+            self.containers += 1
+            try:
+                if why is not None:
+                    raise DataError(why)
+                yield from self._read(folder or self.root, label, path)
+            except DataError as error:
+                yield Skipped(label, f"{label}: {error}")
+
+    def _read(self, folder: Path, label: str, path: str) -> Iterator[Found | Skipped]:
+        if path.lower().endswith(".parquet") or label.lower().endswith(".parquet"):
+            yield from self._read_parquet(folder, label, path)
+            return
+        is_csv = label.lower().endswith(".csv")
+        types: dict[str, type] = {}
+        if is_csv:
+            with _opened(folder, path) as file:
+                self._require_picture(csv_columns(file))
+            with _opened(folder, path) as file:
+                types = csv_types(file)
+        columns, complaints = Columns(self._rules, self._caption_rules, types), Complaints(label, "line")
+        with _opened(folder, path) as file:
+            for row in read_csv(file) if is_csv else read_jsonl(file):
+                yield self._picture(row, columns, complaints)
+
+    def _read_parquet(self, folder: Path, label: str, path: str) -> Iterator[Found | Skipped]:
+        table = ParquetTable(folder, path)
+        try:
+            self._require_picture(table.columns)
+            columns, complaints = Columns(self._rules, self._caption_rules), Complaints(label, "row")
+            pictures = table.embedded(self._rules.image_columns)
+            wanted = self._rules.image_columns + self._rules.caption_columns + (self._rules.meta_columns or ())
+            plain = table.carried(table.columns if self._rules.meta_columns is None else dict.fromkeys(wanted))
+            met: Batch | None = None
+            for row, batch in table.rows(plain, pictures):
+                if batch is not None and batch is not met and pictures:
+                    self._shelf.put(met := batch)
+                yield self._picture(row, columns, complaints, (label, path))
+        finally:
+            table.close()
+
+    def _picture(
+        self, row: Row | BadRow, columns: Columns, complaints: Complaints, place: tuple[str, str] = ("", "")
+    ) -> Found | Skipped:
+        if isinstance(row, BadRow):
+            return complaints.skip(row.number, row.reason)
+        try:
+            column, cell = self._cell(row.values)
+            if isinstance(cell, Embedded):
+                label, file = place
+                name, path = cell.name, f"{label}/{row.number}"
+                read = partial(self._shelf.read, file, column, row.number)
+            else:
+                name = path = relative_path(cell)
+                read = partial(read_beneath, self._folder, path, self._max_bytes)
+            return Found(path, columns.captions(row.values, name), read, columns.meta(row.values))
+        except DataError as error:
+            return complaints.skip(row.number, str(error))
+
+    def _cell(self, values: Mapping[str, Any]) -> tuple[str, Any]:
+        """The column that holds the row's picture, and what it holds; raises DataError."""
+        for column in self._rules.image_columns:
+            if (cell := values.get(column)) not in (None, ""):
+                if not isinstance(cell, str | Embedded):
+                    raise DataError(f"column {column!r} holds no picture and no path")
+                return column, cell
+        if not any(column in values for column in self._rules.image_columns):
+            self._require_picture(list(values))
+        raise DataError("no picture")
+
+    def _require_picture(self, names: list[str]) -> None:
+        if not set(names) & set(self._rules.image_columns):
+            there = ", ".join(names[:12])[:300] + (", ..." if len(names) > 12 else "")
+            raise DataError(
+                f"no column of pictures: its columns are {there}; source.image_columns names the one that holds "
+                "bytes or a path (columns are separated by commas, and addresses are not fetched)"
+            )
+
+
+def _opened(folder: Path, path: str) -> Any:
+    try:
+        return open_beneath(folder, path)
+    except OSError as error:
+        raise DataError(f"cannot be read: {error.strerror}") from None
