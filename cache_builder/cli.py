@@ -18,6 +18,7 @@ Configs = Annotated[list[Path] | None, typer.Option("--config", help="TOML file;
 Sets = Annotated[list[str] | None, typer.Option("--set", help="One setting, e.g. captions.lines=first.")]
 Device = Annotated[str, typer.Option(help="auto, cuda, mps or cpu.")]
 Dataset = Annotated[str | None, typer.Option(help="Id of the data set; the folder's name by default.")]
+Prompts = Annotated[Path | None, typer.Option(help="Text file with a prompt on each line, embedded for validation.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the report as JSON.")]
 Wait = Annotated[bool, typer.Option("--wait", help="Wait for another build of this store instead of failing.")]
 Replace = Annotated[bool, typer.Option("--replace", help="Let the manifest's name go over to other data sets.")]
@@ -34,6 +35,7 @@ def _cache_build(
     sets: Sets = None,
     device: Device = "auto",
     dataset: Dataset = None,
+    prompts: Prompts = None,
     as_json: Json = False,
     wait: Wait = False,
     replace: Replace = False,
@@ -45,14 +47,16 @@ def _cache_build(
     from cache_builder.sources.folder import FolderSource
     from shared.config import load_config
     from shared.model_folder import resolve_model
+    from shared.prompts import read_prompts_file
 
     short = [] if resolution is None else [f"images.resolution={resolution}"]
     settings = load_config(BuildConfig, config or [], [*short, *(sets or [])])
+    texts = tuple(dict.fromkeys(read_prompts_file(prompts))) if prompts else ()
     dataset_id = dataset or _printable_name(folder)
     source = FolderSource(folder, dataset_id, settings.captions, settings.images.max_bytes)
     source.scan()  # a missing folder is said before a model is looked for
     model_folder = resolve_model(model, ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
-    options = BuildOptions(store, manifest, device, wait, replace, allow_shrink)
+    options = BuildOptions(store, manifest, device, wait, replace, allow_shrink, texts)
     report = build([source], model_folder, settings, options)
     typer.echo(json.dumps(report.as_json(), indent=1) if as_json else report.as_text())
 

@@ -154,7 +154,8 @@ def list_manifests(store: Path) -> list[str]:
 def manifest_digest(settings: ManifestSettings, ordered: Iterable[ManifestRow]) -> str:
     """blake2b-256, hex, over the format version, the settings and the rows in order."""
     digest = hashlib.blake2b(digest_size=32)
-    digest.update(msgpack.packb([MANIFEST_FORMAT, json.dumps(settings.model_dump(mode="json"), sort_keys=True)]))
+    declared = json.dumps(settings.model_dump(mode="json", exclude_defaults=True), sort_keys=True)
+    digest.update(msgpack.packb([MANIFEST_FORMAT, declared]))
     for row in ordered:
         variants = [[v.latent_key, v.flip, *v.crop_top_left, *v.target_hw] for v in row.variants]
         fields = [row.dataset, row.sample_id, row.path, row.image_digest, row.original_hw, row.bucket_hw]

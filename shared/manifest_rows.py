@@ -65,6 +65,8 @@ class ManifestSettings(BaseModel):
     """Ids of the data sets whose samples stand in the manifest."""
     build: dict[str, Any]
     """The rules of the build: pixels, crops, buckets, captions, split."""
+    prompts: dict[str, str] = {}
+    """Key of the embeds of each further text that was asked for, by text, hex: prompts for validation."""
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Protocol
 
 @dataclass(frozen=True)
 class Found:
-    """A picture that can be read; `captions` is () where it has none (the builder knows what that means)."""
+    """A picture that can be read; `captions` is () where it has none and ("",) where it has an empty one."""
 
     path: str
     """Relative to the data set's root, with "/"; data, never opened as it stands."""

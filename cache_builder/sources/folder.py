@@ -87,7 +87,7 @@ class FolderSource:
     def _captions(self, sidecar: os.DirEntry[str]) -> tuple[str, ...]:
         if (kind := _kind(sidecar)) != "file":
             raise DataError(kind)
-        return parse_caption(read_regular(sidecar.path, MAX_CAPTION_BYTES), self._caption_rules)
+        return parse_caption(read_regular(sidecar.path, MAX_CAPTION_BYTES), self._caption_rules) or ("",)
 
 
 def read_regular(path: str, max_bytes: int) -> bytes:

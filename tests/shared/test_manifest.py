@@ -135,6 +135,7 @@ CHANGED_SETTINGS: dict[str, Any] = {
     "zeros_for_empty_prompt": False,
     "datasets": ("cats",),
     "build": {"resolution": 1024, "split": {"salt": "t", "fraction": 0.02}},
+    "prompts": {"a cat": "ee"},
 }
 
 
