@@ -104,6 +104,7 @@ class Filler:
             else:
                 self.report.stored += 1
             encoded.difference_update(keys)
+            self.report.crops += len(keys)
             usable.append(sample)
         return usable
 
@@ -135,6 +136,7 @@ class Filler:
             records |= [latents, _facts_record(picture.samples[0], item.thumbnail)]
             for sample in picture.samples:
                 sample.thumbnail = item.thumbnail
+            self.report.encoded_crops += 1
         self.store.put_many(list(records.items()))
         return lost
 

@@ -25,6 +25,8 @@ class BuildReport:
     truncated: int = 0
     prompts: int = 0
     truncated_prompts: int = 0
+    crops: int = 0
+    encoded_crops: int = 0
     enlarged: int = 0
     """Samples smaller than their bucket; `most_enlarged` is the largest factor among them."""
     most_enlarged: float = 1.0
@@ -56,6 +58,8 @@ class BuildReport:
             "truncated": self.truncated,
             "prompts": self.prompts,
             "truncated_prompts": self.truncated_prompts,
+            "crops": self.crops,
+            "encoded_crops": self.encoded_crops,
             "enlarged": self.enlarged,
             "most_enlarged": round(self.most_enlarged, 3),
             "sided": self.sided,
@@ -77,6 +81,8 @@ class BuildReport:
         ]
         if self.prompts:
             lines.append(f"prompts {self.prompts}, {self.truncated_prompts} cut short")
+        if self.crops > self.stored + self.reused:
+            lines.append(f"crops {self.crops}, {self.encoded_crops} encoded now")
         if self.enlarged:
             lines.append(f"  enlarged {self.enlarged}, at most {self.most_enlarged:.2f} times: they will look soft")
         if self.sided:

@@ -388,7 +388,8 @@ def test_every_variant_is_a_crop_with_latents_of_its_own(
 
     report = run_build([varied], tmp_path / "store", tiny_model, *VARIED)
     assert account(report) == (5, 0, 0, 0, 0)
-    assert report.sided == 1
+    assert (report.sided, report.crops, report.encoded_crops) == (1, 23, 23)
+    assert "crops 23, 23 encoded now" in report.as_text().splitlines()
     vae, rules = AutoencoderKL.from_pretrained(tiny_model / "vae").eval(), PixelRules()
     counts = {}
     for row in rows_of(tmp_path / "store"):
