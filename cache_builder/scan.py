@@ -156,9 +156,6 @@ class Scanner:
         return read_size(data, self.limits), None
 
     def _bucket(self, size_hw: Size) -> Size:
-        height, width = size_hw
-        if max(height, width) > 64 * min(height, width):
-            raise PictureError(f"{height} x {width} px is too long and thin for any bucket")
         if self.config.images.crop == "off":
             return own_bucket(size_hw, self.config.images.resolution, self.config.images.resolution_type)
         return nearest_bucket(size_hw, self.buckets)
@@ -171,6 +168,9 @@ class Scanner:
 
     def _plans(self, digest: bytes, size_hw: Size, bucket_hw: Size) -> list[CropPlan]:
         """The crops of a picture, each once: small pictures have fewer different ones than `variants`."""
+        height, width = size_hw
+        if max(height, width) > 64 * min(height, width):
+            raise PictureError(f"{height} x {width} px is too long and thin for any bucket")
         images = self.config.images
         plans = [
             plan_crop(

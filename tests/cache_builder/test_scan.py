@@ -212,6 +212,14 @@ def test_what_is_left_out_is_counted_with_its_reason(setting: str, store: StoreW
     assert report.skipped == {reason: 1}
 
 
+def test_what_is_left_out_is_not_unusable(store: StoreWriter) -> None:
+    items = [found("thin.png", png(0, (700, 10)), "a"), found("good.png", png(1), "a")]
+    _, report = scan(store, ListSource(items), sets=["images.skip.min_aspect=0.5"])
+    assert (report.skipped.total(), report.quarantined) == (1, [])
+    _, report = scan(store, ListSource(items))
+    assert (report.skipped.total(), len(report.quarantined)) == (0, 1)
+
+
 def test_sizes_are_measured_as_the_resolution_is(store: StoreWriter) -> None:
     items = [found("wide.png", png(0, (70, 140)), "a")]
     for kind, px in (("area", 98), ("edge", 70), ("long_edge", 140)):
