@@ -21,6 +21,7 @@ def check_pattern(pattern: str) -> None:
 
 def remove_patterns(text: str, patterns: Sequence[str]) -> str:
     """`text` without the matches of each pattern in turn."""
+    texts = pa.array([text], pa.string())  # told, not found out: a quarter of the time
     for pattern in patterns:
-        text = pc.replace_substring_regex(pa.array([text]), pattern=pattern, replacement="")[0].as_py()
-    return text
+        texts = pc.replace_substring_regex(texts, pattern=pattern, replacement="")
+    return str(texts[0].as_py())

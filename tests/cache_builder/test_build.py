@@ -457,6 +457,29 @@ def test_a_sample_that_lacks_one_of_its_variants_is_set_aside(
     assert mended.digest == run_build([varied], tmp_path / "fresh", tiny_model, *VARIED).digest
 
 
+def test_a_build_that_broke_off_between_two_crops_goes_on_with_the_rest(
+    tmp_path: Path, varied: Path, tiny_model: Path, run_build: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cache_builder.encode import SampleEncoder
+
+    encode, encoded = SampleEncoder.encode_crops, []
+
+    def break_off(self: SampleEncoder, crops: Any) -> Any:
+        if len(encoded) >= 8:
+            raise KeyboardInterrupt
+        encoded.extend(crop.key for crop in crops)
+        return encode(self, crops)
+
+    monkeypatch.setattr(SampleEncoder, "encode_crops", break_off)
+    with pytest.raises(KeyboardInterrupt):
+        run_build([varied], tmp_path / "store", tiny_model, *VARIED)
+    monkeypatch.undo()
+    rest = run_build([varied], tmp_path / "store", tiny_model, *VARIED)
+    assert rest.encoded_crops == 23 - len(encoded)
+    assert rest.stored + rest.reused == 5
+    assert rest.digest == run_build([varied], tmp_path / "fresh", tiny_model, *VARIED).digest
+
+
 def test_batches_of_variants_change_no_digest(tmp_path: Path, varied: Path, tiny_model: Path, run_build: Build) -> None:
     small = run_build([varied], tmp_path / "1", tiny_model, *VARIED, "encode.batch=1", "encode.threads=1")
     large = run_build([varied], tmp_path / "2", tiny_model, *VARIED, "encode.batch=16", "encode.threads=4")
