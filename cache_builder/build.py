@@ -38,6 +38,8 @@ class BuildOptions:
     wait: bool = False
     replace: bool = False
     allow_shrink: bool = False
+    prompts: Sequence[str] = ()
+    """Further texts to embed as they are, each once; the manifest lists their keys."""
 
 
 def build(sources: Sequence[Source], model: Path, config: BuildConfig, options: BuildOptions) -> BuildReport:
@@ -60,13 +62,13 @@ def build(sources: Sequence[Source], model: Path, config: BuildConfig, options: 
         meta = meta_types(samples)
         encoder = SampleEncoder(model, options.device, dtype, config.encode.latents, config.text.chunks)
         filler = Filler(store, config, report, encoder)
-        null_key = filler.encode_captions(samples, text)
+        null_key = filler.encode_captions(samples, text, options.prompts)
         usable = filler.encode_pictures(samples, vae)
         report.quarantined.sort()
         _check_quarantine(config, report, usable)
         split = held_out(config.split, [s.path for s in usable], [_known(s.thumbnail) for s in usable])
         report.held_out = sum(split)
-        settings = _settings(config, vae, text, dtype, null_key, datasets, index, meta)
+        settings = _settings(config, vae, text, dtype, null_key, datasets, index, meta, options.prompts)
         rows = [_row(s, is_out, config, text, meta) for s, is_out in zip(usable, split, strict=True)]
         report.digest = seal_manifest(
             options.store, options.manifest, settings, rows, replace=options.replace, allow_shrink=options.allow_shrink
@@ -104,6 +106,7 @@ def _settings(
     datasets: tuple[str, ...],
     index: Mapping[str, Any],
     meta: dict[str, MetaType],
+    prompts: Sequence[str],
 ) -> ManifestSettings:
     declared = config.model_dump(mode="json", exclude={"encode", "max_quarantined", "datasets"})
     declared["datasets"] = {dataset.id: _rules(config.for_dataset(dataset.id)) for dataset in config.datasets}
@@ -123,6 +126,7 @@ def _settings(
         datasets=datasets,
         build=declared,
         meta=meta,
+        prompts={prompt: text_key(prompt, config.text.chunks, text.digests).hex() for prompt in prompts},
     )
 
 
@@ -134,15 +138,17 @@ def _rules(config: BuildConfig) -> dict[str, Any]:
 def _row(
     sample: Sample, is_held_out: bool, config: BuildConfig, text: TextFacts, meta: Mapping[str, MetaType]
 ) -> ManifestRow:
-    plan = sample.plan
     return ManifestRow(
         dataset=sample.dataset,
         sample_id=sample_id(sample.dataset, sample.digest),
         path=sample.path,
         image_digest=sample.digest,
         original_hw=sample.original_hw,
-        bucket_hw=plan.target_hw,
-        variants=(Variant(sample.latent_key, plan.flip, (plan.box_top, plan.box_left), plan.target_hw),),
+        bucket_hw=sample.crops[0].plan.target_hw,
+        variants=tuple(
+            Variant(crop.latent_key, crop.plan.flip, crop.plan.crop_top_left, crop.plan.target_hw)
+            for crop in sample.crops
+        ),
         text_keys=tuple(text_key(caption, config.text.chunks, text.digests) for caption in sample.captions),
         split="eval" if is_held_out else "train",
         meta=meta_row(sample, meta),

@@ -20,6 +20,7 @@ Configs = Annotated[list[Path] | None, typer.Option("--config", help="TOML file;
 Sets = Annotated[list[str] | None, typer.Option("--set", help="One setting, e.g. captions.lines=first.")]
 Device = Annotated[str, typer.Option(help="auto, cuda, mps or cpu.")]
 Dataset = Annotated[str | None, typer.Option(help="Id of FOLDER's data set; its name by default.")]
+Prompts = Annotated[Path | None, typer.Option(help="Text file with a prompt on each line, embedded for validation.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the report as JSON.")]
 Wait = Annotated[bool, typer.Option("--wait", help="Wait for another build of this store instead of failing.")]
 Replace = Annotated[bool, typer.Option("--replace", help="Let the manifest's name go over to other data sets.")]
@@ -36,6 +37,7 @@ def _cache_build(
     sets: Sets = None,
     device: Device = "auto",
     dataset: Dataset = None,
+    prompts: Prompts = None,
     as_json: Json = False,
     wait: Wait = False,
     replace: Replace = False,
@@ -47,13 +49,15 @@ def _cache_build(
     from cache_builder.datasets import choose_datasets, open_sources
     from shared.config import load_config
     from shared.model_folder import resolve_model
+    from shared.prompts import read_prompts_file
 
     short = [] if resolution is None else [f"images.resolution={resolution}"]
     settings = load_config(BuildConfig, config or [], [*short, *(sets or [])])
+    texts = tuple(dict.fromkeys(read_prompts_file(prompts))) if prompts else ()
     settings = choose_datasets(settings, folder, dataset)
     sources = open_sources(settings.datasets)
     model_folder = resolve_model(model, ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
-    options = BuildOptions(store, manifest, device, wait, replace, allow_shrink)
+    options = BuildOptions(store, manifest, device, wait, replace, allow_shrink, texts)
     report = build(sources, model_folder, settings, options)
     typer.echo(json.dumps(report.as_json(), indent=1) if as_json else report.as_text())
 

@@ -6,24 +6,37 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from cache_builder.buckets import Crop, Measure
 from cache_builder.captions import CaptionRules
+from cache_builder.skip import SkipRules
 from cache_builder.sources.rules import TABLE_SUFFIXES, SourceKind, SourceRules
 from shared.config import Config, merge
 
 Byte = Annotated[int, Field(ge=0, le=255)]
+Edge = Annotated[int, Field(ge=8, le=8192, multiple_of=8)]
 
 
 class ImageRules(Config):
     """How a picture becomes the pixels that are encoded."""
 
     resolution: int = Field(1024, ge=64, le=8192)
-    """Edge of the square that has the area of every bucket, pixels."""
+    """Size of the buckets, pixels; measured as resolution_type says."""
+    resolution_type: Measure = "area"
+    """How a size is measured: edge of the square of the same area, shorter edge ("edge"), or longer edge."""
     step: int = Field(64, ge=8, multiple_of=8)
     """Bucket edges are multiples of this, pixels."""
     max_aspect: float = Field(4.0, ge=1)
     """Longest bucket, as long edge over short edge."""
-    crop: Literal["center", "random", "top"] = "center"
-    """Where the bucket is cut from the resized picture."""
+    buckets: tuple[tuple[Edge, Edge], ...] = ()
+    """Sizes (height, width) to use in place of those made from resolution, step and max_aspect, pixels."""
+    crop: Crop = "center"
+    """Where the bucket is cut from the resized picture; "square" has one bucket, "off" a bucket for each picture."""
+    variants: int = Field(1, ge=1, le=64)
+    """Crops stored of each picture, for crop = "random" or "corner"; training draws one each time."""
+    flip: Literal["off", "on", "force"] = "off"
+    """"on" stores each crop mirrored too, save where a caption says left or right; "force" mirrors those too."""
+    downsample_to: int | None = Field(None, ge=64)
+    """Larger pictures are resized to this size, not to the least that covers, and then cut, pixels; unset: never."""
     background: tuple[Byte, Byte, Byte] = (255, 255, 255)
     """Colour (r, g, b) that transparent pictures are laid on."""
     resample: Literal["lanczos", "bicubic"] = "lanczos"
@@ -32,6 +45,21 @@ class ImageRules(Config):
     """Pictures of more pixels are quarantined."""
     max_bytes: int = Field(256 << 20, ge=1)
     """Files of more bytes are quarantined."""
+    skip: SkipRules = SkipRules()
+
+    @model_validator(mode="after")
+    def _crop_fits(self) -> "ImageRules":
+        if self.variants > 1 and self.crop not in ("random", "corner"):
+            raise ValueError(f'variants = {self.variants} would all be one crop: set crop to "random" or "corner"')
+        if self.buckets and self.crop in ("square", "off"):
+            raise ValueError(f'buckets are given, and crop = "{self.crop}" makes its own: leave one of them out')
+        if len(set(self.buckets)) < len(self.buckets):
+            raise ValueError("buckets: one of them is given twice")
+        if self.downsample_to is not None and self.crop == "off":
+            raise ValueError('downsample_to needs a crop to cut from what is larger; crop = "off" cuts nothing')
+        if self.downsample_to is not None and self.downsample_to < self.resolution:
+            raise ValueError(f"downsample_to {self.downsample_to} is below resolution {self.resolution}")
+        return self
 
 
 class TextRules(Config):
@@ -91,7 +119,7 @@ class BuildConfig(Config):
     """Everything a build is told."""
 
     seed: int = 0
-    """Seed of random crops."""
+    """Seed of random crops, of caption variants, and of the choice of max_samples."""
     images: ImageRules = ImageRules()
     captions: CaptionRules = CaptionRules()
     source: SourceRules = SourceRules()

@@ -11,7 +11,7 @@ from cache_builder.encode import Crop, Framed, SampleEncoder
 from cache_builder.keys import image_digest, text_facts_key, text_key
 from cache_builder.pixels import crop, decode, thumbnail
 from cache_builder.report import BuildReport
-from cache_builder.scan import Sample
+from cache_builder.scan import PlannedCrop, Sample
 from cache_builder.split import Thumbnail
 from shared.conditioning import TEXT_LENGTH
 from shared.errors import DataError, RecordCorrupt, StoreFull
@@ -29,8 +29,21 @@ R = TypeVar("R")
 
 
 @dataclass(frozen=True)
+class Picture:
+    """One picture with what its samples lack: it is decoded once for all of its crops and all data sets it is in."""
+
+    samples: list[Sample]
+    crops: list[PlannedCrop]
+
+    @property
+    def facts_key(self) -> bytes:
+        """What tells it from others: the digest of its bytes, under the rules for pixels."""
+        return self.samples[0].facts_key
+
+
+@dataclass(frozen=True)
 class Decoded:
-    """What the encoder and the split need of one picture."""
+    """What the encoder and the split need of one crop of a picture."""
 
     crop: Crop
     thumbnail: Thumbnail
@@ -45,13 +58,13 @@ class Filler:
     report: BuildReport
     encoder: SampleEncoder
 
-    def encode_captions(self, samples: Sequence[Sample], text: TextFacts) -> bytes:
-        """Store the embeds of every caption that is not stored yet, and of the empty one; returns the latter's key."""
+    def encode_captions(self, samples: Sequence[Sample], text: TextFacts, prompts: Sequence[str] = ()) -> bytes:
+        """Store the embeds of every caption and prompt that is not stored yet, and of the empty one; its key."""
         chunks = self.config.text.chunks
         captions = dict.fromkeys(caption for sample in samples for caption in sample.captions)
         self.report.captions = sum(len(sample.captions) for sample in samples)
         self.report.unique_captions = len(captions)
-        keys = {caption: text_key(caption, chunks, text.digests) for caption in (*captions, "")}
+        keys = {caption: text_key(caption, chunks, text.digests) for caption in (*captions, *prompts, "")}
         missing = self._missing_captions(keys)
         self.report.encoded_captions = len(missing)
         size_bytes = (chunks * TEXT_LENGTH * sum(text.widths) + text.pooled_width) * FP16_BYTES
@@ -61,54 +74,73 @@ class Filler:
                 self.store.put_many(self.encoder.encode_captions(batch, [keys[caption] for caption in batch]))
                 advance(len(batch))
         self.report.truncated = self._count_truncated([keys[caption] for caption in captions])
+        self.report.prompts, self.report.truncated_prompts = (
+            len(prompts),
+            self._count_truncated([keys[p] for p in prompts]),
+        )
         return keys[""]
 
     def encode_pictures(self, samples: Sequence[Sample], vae: VaeFacts) -> list[Sample]:
-        """Store the latents of every sample that has none yet; returns the samples that are stored now."""
-        stored = self._stored({key for sample in samples for key in (sample.latent_key, sample.facts_key)})
-        missing: dict[bytes, list[Sample]] = {}
+        """Store the latents of every crop that has none yet; returns the samples whose crops are all stored now."""
+        crop_keys = {crop.latent_key for sample in samples for crop in sample.crops}
+        stored = self._stored(crop_keys | {sample.facts_key for sample in samples})
+        pictures = _incomplete(samples, stored)
+        sizes = {crop.latent_key: self._latent_bytes(crop, vae) for picture in pictures for crop in picture.crops}
+        self._check_space(sum(sizes.values()))
+        lost = self._encode_missing(pictures)
+        return self._account(samples, {key for key in sizes if key not in lost}, lost)
+
+    def _account(self, samples: Sequence[Sample], encoded: set[bytes], lost: dict[bytes, str]) -> list[Sample]:
+        """What became of each sample: without one of its crops it is set aside, its other crops stay stored."""
+        usable = []
         for sample in samples:
-            if sample.latent_key in stored and sample.thumbnail is not None:
+            keys = [crop.latent_key for crop in sample.crops]
+            if reasons := [lost[key] for key in keys if key in lost]:
+                self.report.quarantined.append((sample.path, reasons[0]))
+                continue
+            if encoded.isdisjoint(keys):  # or shared with a sample before it: the same picture in another data set
                 self.report.reused += 1
             else:
-                missing.setdefault(sample.latent_key, []).append(sample)
-        self._check_space(sum(self._latent_bytes(group[0], vae) for group in missing.values()))
-        lost = self._encode_missing(missing)
-        return [sample for sample in samples if sample.latent_key not in lost]
+                self.report.stored += 1
+            encoded.difference_update(keys)
+            self.report.crops += len(keys)
+            usable.append(sample)
+        return usable
 
-    def _encode_missing(self, missing: dict[bytes, list[Sample]]) -> set[bytes]:
-        """Decode in threads, encode by bucket, commit each batch; returns the keys that could not be made."""
-        lost: set[bytes] = set()
-        todo = sorted(missing.values(), key=lambda group: group[0].plan.target_hw)
-        ahead = 2 * self.config.encode.batch + self.config.encode.threads
+    def _encode_missing(self, pictures: Sequence[Picture]) -> dict[bytes, str]:
+        """Decode in threads, encode by bucket, commit each batch; returns why what key could not be made."""
+        lost: dict[bytes, str] = {}
+        todo = sorted(pictures, key=lambda picture: picture.crops[0].plan.target_hw)
+        most_crops = max((len(picture.crops) for picture in todo), default=1)
+        ahead = 2 * self.config.encode.batch // most_crops + self.config.encode.threads
         with (
             ThreadPoolExecutor(self.config.encode.threads) as pool,
-            progress("pictures", len(todo), "images") as advance,
+            progress("pictures", sum(len(picture.crops) for picture in todo), "crops") as advance,
         ):
-            decoded = _in_order(pool, lambda group: self._decode(group[0]), todo, ahead)
+            decoded = _each_crop(_in_order(pool, self._decode, todo, ahead))
             for batch in _same_size_batches(decoded, self.config.encode.batch):
                 lost |= self._encode_batch(batch)
                 advance(len(batch))
         return lost
 
-    def _encode_batch(self, batch: Sequence[tuple[list[Sample], Decoded | DataError]]) -> set[bytes]:
-        good = [(group, item) for group, item in batch if isinstance(item, Decoded)]
-        lost = {self._lose(group, str(item)) for group, item in batch if isinstance(item, DataError)}
+    def _encode_batch(self, batch: Sequence[tuple[Picture, PlannedCrop, Decoded | DataError]]) -> dict[bytes, str]:
+        good = [(picture, item) for picture, _, item in batch if isinstance(item, Decoded)]
+        lost = {planned.latent_key: str(item) for _, planned, item in batch if isinstance(item, DataError)}
         framed = self.encoder.encode_crops([item.crop for _, item in good]) if good else []
-        records: list[Framed] = []
-        for (group, item), latents in zip(good, framed, strict=True):
+        records: dict[bytes, bytes] = {}
+        for (picture, item), latents in zip(good, framed, strict=True):
             if latents is None:
-                lost.add(self._lose(group, "its latents are not finite"))
+                lost[item.crop.key] = "its latents are not finite"
                 continue
-            records += [latents, _facts_record(group[0], item.thumbnail)]
-            self.report.stored += 1
-            self.report.reused += len(group) - 1  # the same picture in another data set shares the record
-            for sample in group:
+            records |= [latents, _facts_record(picture.samples[0], item.thumbnail)]
+            for sample in picture.samples:
                 sample.thumbnail = item.thumbnail
-        self.store.put_many(records)
+            self.report.encoded_crops += 1
+        self.store.put_many(list(records.items()))
         return lost
 
-    def _decode(self, sample: Sample) -> Decoded | DataError:
+    def _decode(self, picture: Picture) -> list[Decoded] | DataError:
+        sample = picture.samples[0]
         rules = sample.rules
         try:
             data = sample.read()
@@ -117,13 +149,10 @@ class Filler:
             pixels = decode(data, rules, sample.limits)
             if pixels.shape[:2] != sample.original_hw:
                 return DataError("its size is not what its header says")
-            return Decoded(Crop(sample.latent_key, crop(pixels, sample.plan, rules)), thumbnail(pixels))
+            thumb = thumbnail(pixels)
+            return [Decoded(Crop(c.latent_key, crop(pixels, c.plan, rules)), thumb) for c in picture.crops]
         except DataError as error:
             return error
-
-    def _lose(self, group: Sequence[Sample], reason: str) -> bytes:
-        self.report.quarantined += [(sample.path, reason) for sample in group]
-        return group[0].latent_key
 
     def _stored(self, keys: Iterable[bytes]) -> set[bytes]:
         found: set[bytes] = set()
@@ -145,8 +174,8 @@ class Filler:
                 count += sum(_is_truncated(snapshot, key) for key in batch)
         return count
 
-    def _latent_bytes(self, sample: Sample, vae: VaeFacts) -> int:
-        h, w = sample.plan.target_hw
+    def _latent_bytes(self, crop: PlannedCrop, vae: VaeFacts) -> int:
+        h, w = crop.plan.target_hw
         tensors = 2 if self.config.encode.latents == "moments" else 1
         return tensors * vae.latent_channels * (h // vae.downscale) * (w // vae.downscale) * FP16_BYTES
 
@@ -157,6 +186,25 @@ class Filler:
                 f"{self.store.path}: this build will write {needed_bytes >> 20} MiB and {free >> 20} are free; "
                 "free some space or name another --store"
             )
+
+
+def _incomplete(samples: Sequence[Sample], stored: set[bytes]) -> list[Picture]:
+    """The pictures of which something is missing, each with its missing crops; all of them where its facts are."""
+    pictures: dict[bytes, Picture] = {}
+    for sample in samples:
+        picture = pictures.setdefault(sample.facts_key, Picture([], []))
+        picture.samples.append(sample)
+        missing = [c for c in sample.crops if sample.thumbnail is None or c.latent_key not in stored]
+        picture.crops.extend(crop for crop in missing if crop not in picture.crops)
+    return [picture for picture in pictures.values() if picture.crops]
+
+
+def _each_crop(
+    decoded: Iterable[tuple[Picture, list[Decoded] | DataError]],
+) -> Iterator[tuple[Picture, PlannedCrop, Decoded | DataError]]:
+    for picture, items in decoded:
+        for index, planned in enumerate(picture.crops):
+            yield picture, planned, items if isinstance(items, DataError) else items[index]
 
 
 def _facts_record(sample: Sample, thumb: Thumbnail) -> Framed:
@@ -188,13 +236,15 @@ def _in_order(
     yield from ((item, future.result()) for item, future in begun)
 
 
-def _same_size_batches(items: Iterable[tuple[list[Sample], R]], size: int) -> Iterator[list[tuple[list[Sample], R]]]:
-    """Consecutive items of one bucket, at most `size` at once."""
-    batch: list[tuple[list[Sample], R]] = []
-    for group, result in items:
-        if batch and (len(batch) == size or batch[0][0][0].plan.target_hw != group[0].plan.target_hw):
+def _same_size_batches(
+    items: Iterable[tuple[Picture, PlannedCrop, R]], size: int
+) -> Iterator[list[tuple[Picture, PlannedCrop, R]]]:
+    """Consecutive crops of one bucket, at most `size` at once."""
+    batch: list[tuple[Picture, PlannedCrop, R]] = []
+    for item in items:
+        if batch and (len(batch) == size or batch[0][1].plan.target_hw != item[1].plan.target_hw):
             yield batch
             batch = []
-        batch.append((group, result))
+        batch.append(item)
     if batch:
         yield batch

@@ -52,8 +52,21 @@ def sample_id(dataset: str, digest: bytes) -> bytes:
 
 def crop_draw(seed: int, digest: bytes, variant: int) -> tuple[float, float]:
     """Two uniform draws in [0, 1) that place a random crop of a picture."""
-    bits = _key("crop", seed, digest, variant)
+    return _two_draws(_key("crop", seed, digest, variant))
+
+
+def tag_draw(seed: int, digest: bytes, caption: str, variant: int, tag: int) -> tuple[float, float]:
+    """Two uniform draws in [0, 1): where tag number `tag` of a picture's caption goes, and whether it is left out."""
+    return _two_draws(_key("tag", seed, digest, caption.encode(), variant, tag))
+
+
+def _two_draws(bits: bytes) -> tuple[float, float]:
     return int.from_bytes(bits[:6], "big") / 2**48, int.from_bytes(bits[6:12], "big") / 2**48
+
+
+def subset_rank(seed: int, digest: bytes) -> bytes:
+    """What pictures are ordered by where only some are taken: the same ones whatever the order they come in."""
+    return _key("subset", seed, digest)
 
 
 def _key(*fields: Any) -> bytes:

@@ -23,6 +23,15 @@ class BuildReport:
     unique_captions: int = 0
     encoded_captions: int = 0
     truncated: int = 0
+    prompts: int = 0
+    truncated_prompts: int = 0
+    crops: int = 0
+    encoded_crops: int = 0
+    enlarged: int = 0
+    """Samples smaller than their bucket; `most_enlarged` is the largest factor among them."""
+    most_enlarged: float = 1.0
+    sided: int = 0
+    """Samples with a caption that says left or right, counted where images.flip is not off."""
     held_out: int = 0
     manifest: str = ""
     digest: str = ""
@@ -34,6 +43,9 @@ class BuildReport:
         self.duplicate += other.duplicate
         self.skipped += other.skipped
         self.quarantined += other.quarantined
+        self.enlarged += other.enlarged
+        self.most_enlarged = max(self.most_enlarged, other.most_enlarged)
+        self.sided += other.sided
 
     def check(self) -> None:
         """The sum holds, or the accounting has a fault that nobody should train on."""
@@ -54,6 +66,13 @@ class BuildReport:
             "unique_captions": self.unique_captions,
             "encoded_captions": self.encoded_captions,
             "truncated": self.truncated,
+            "prompts": self.prompts,
+            "truncated_prompts": self.truncated_prompts,
+            "crops": self.crops,
+            "encoded_crops": self.encoded_crops,
+            "enlarged": self.enlarged,
+            "most_enlarged": round(self.most_enlarged, 3),
+            "sided": self.sided,
             "held_out": self.held_out,
             "manifest": self.manifest,
             "digest": self.digest,
@@ -70,6 +89,14 @@ class BuildReport:
             f"captions {self.captions}, {self.unique_captions} different, {self.encoded_captions} encoded now,"
             f" {self.truncated} cut short; {self.held_out} samples held out",
         ]
+        if self.prompts:
+            lines.append(f"prompts {self.prompts}, {self.truncated_prompts} cut short")
+        if self.crops > self.stored + self.reused:
+            lines.append(f"crops {self.crops}, {self.encoded_crops} encoded now")
+        if self.enlarged:
+            lines.append(f"  enlarged {self.enlarged}, at most {self.most_enlarged:.2f} times: they will look soft")
+        if self.sided:
+            lines.append(f'  sided {self.sided}: a caption says left or right; only images.flip = "force" mirrors them')
         lines += [f"  skipped {count}: {one_line(reason)}" for reason, count in self.skipped.most_common(LISTED)]
         if len(self.skipped) > LISTED:
             lines.append(f"  and for {len(self.skipped) - LISTED} more reasons (--json lists all)")

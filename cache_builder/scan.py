@@ -1,22 +1,32 @@
 """The first pass of a build: everything that is seen becomes a sample with its keys, or is counted with its reason.
 
-source.scan() -> read -> digest -> size -> bucket -> crop plan -> latent key; captions -> text keys
+source.scan() -> read -> digest -> size -> bucket -> crop plans -> latent keys; captions -> texts -> text keys
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from cache_builder.advice import caption_place, nothing_found
-from cache_builder.buckets import CropPlan, make_buckets, nearest_bucket, plan_crop
-from cache_builder.config import BuildConfig
-from cache_builder.keys import crop_draw, facts_key, image_digest, latent_key
+from cache_builder.buckets import CropPlan, Size, enlargement, make_buckets, nearest_bucket, own_bucket, plan_crop
+from cache_builder.config import BuildConfig, ImageRules
+from cache_builder.keys import crop_draw, facts_key, image_digest, latent_key, subset_rank
 from cache_builder.pixels import PictureError, PixelLimits, PixelRules, read_size
 from cache_builder.report import BuildReport
+from cache_builder.skip import reason_to_skip
 from cache_builder.sources import Found, MetaValue, Skipped, Source
 from cache_builder.split import Thumbnail
+from cache_builder.texts import filter_captions, says_a_side, write_texts
 from shared.errors import DataError, RecordCorrupt
 from shared.store import Snapshot, StoreWriter
 from shared.vae import EncodeDtype
+
+
+@dataclass(frozen=True)
+class PlannedCrop:
+    """One crop of a picture and the key of its latents."""
+
+    plan: CropPlan
+    latent_key: bytes
 
 
 @dataclass
@@ -29,8 +39,7 @@ class Sample:
     read: Callable[[], bytes]
     captions: list[str]
     original_hw: tuple[int, int]
-    plan: CropPlan
-    latent_key: bytes
+    crops: list[PlannedCrop]
     facts_key: bytes
     rules: PixelRules
     limits: PixelLimits
@@ -54,7 +63,7 @@ class Scanner:
         images = self.config.images
         self.pixel_rules = PixelRules(images.background, images.resample)
         self.limits = PixelLimits(images.max_pixels, images.max_bytes)
-        self.buckets = make_buckets(images.resolution, images.step, images.max_aspect)
+        self.buckets = _buckets(images)
 
     def scan(self, sources: Sequence[Source], store: StoreWriter) -> list[Sample]:
         """All samples of `sources`, in order; raises DataError where there is nothing to train on."""
@@ -85,40 +94,80 @@ class Scanner:
                 self._add(known, source.dataset_id, item, captions, store)
             except DataError as error:
                 self.report.quarantined.append((item.path, str(error)))
-        return list(known.values())
+        samples = self._some(known)
+        for sample in samples:
+            self._mirror(sample)
+            self._note_enlargement(enlargement(sample.original_hw, sample.crops[0].plan.target_hw))
+        return samples
 
-    def _captions(self, item: Found) -> list[str] | None:
-        policy = self.config.captions.missing
-        if item.captions or policy == "empty":
-            return list(item.captions) or [""]
+    def _captions(self, item: Found) -> tuple[str, ...] | None:
+        """The captions that the rules leave, ("",) for the empty one; None where the picture is left out."""
+        rules = self.config.captions
+        captions = tuple(caption for caption in filter_captions(item.captions, rules) if caption)
+        policy = rules.missing if not item.captions or rules.empty == "missing" else rules.empty
+        if captions or policy == "empty":
+            return captions or ("",)
         if policy == "error":
             self.without_caption.append(item.path)
             self.caption_places[caption_place(self.config)] = None
-        self.report.skipped["no caption"] += 1
+        self.report.skipped["no caption" if not item.captions else "empty caption"] += 1
         return None
 
     def _add(
-        self, known: dict[bytes, Sample], dataset: str, item: Found, captions: list[str], store: StoreWriter
+        self, known: dict[bytes, Sample], dataset: str, item: Found, captions: tuple[str, ...], store: StoreWriter
     ) -> None:
         data = item.read()
         digest = image_digest(data)
+        texts = write_texts(captions, self.config.captions, self.config.seed, digest)
         if digest in known:  # the same bytes under another name: one sample with the captions of both
-            merged = dict.fromkeys([*known[digest].captions, *captions])
-            known[digest].captions = list(merged)
+            known[digest].captions = list(dict.fromkeys([*known[digest].captions, *texts]))
             known[digest].meta = {**item.meta, **known[digest].meta}
             self.report.duplicate += 1
             return
         with store.snapshot() as snapshot:
             size_hw, thumbnail = self._facts(digest, data, snapshot)
-        plan = self._plan(digest, size_hw)
-        keys = (
-            latent_key(digest, plan, self.pixel_rules, self.vae_digest, self.encode_dtype, self.config.encode.latents),
-            facts_key(digest, self.pixel_rules),
-        )
+        bucket_hw = self._bucket(size_hw)
+        if reason := self._reason_to_skip(size_hw, bucket_hw):
+            self.report.skipped[reason] += 1
+            return
         known[digest] = Sample(
-            dataset, item.path, digest, item.read, captions, size_hw, plan, *keys,
-            self.pixel_rules, self.limits, dict(item.meta), thumbnail,
-        )  # fmt: skip
+            dataset=dataset,
+            path=item.path,
+            digest=digest,
+            read=item.read,
+            captions=texts,
+            original_hw=size_hw,
+            crops=[self._planned(digest, plan) for plan in self._plans(digest, size_hw, bucket_hw)],
+            facts_key=facts_key(digest, self.pixel_rules),
+            rules=self.pixel_rules,
+            limits=self.limits,
+            meta=dict(item.meta),
+            thumbnail=thumbnail,
+        )
+
+    def _some(self, known: dict[bytes, Sample]) -> list[Sample]:
+        """At most max_samples of one data set, in their order; always the same ones of the same pictures."""
+        most = self.config.images.skip.max_samples
+        if most is None or len(known) <= most:
+            return list(known.values())
+        chosen = set(sorted(known, key=lambda digest: subset_rank(self.config.seed, digest))[:most])
+        self.report.skipped[f"beyond images.skip.max_samples = {most}"] += len(known) - most
+        return [sample for digest, sample in known.items() if digest in chosen]
+
+    def _mirror(self, sample: Sample) -> None:
+        """Add the mirrored crops, unless a caption would lie of them: all captions are known by now."""
+        flip = self.config.images.flip
+        if flip == "off":
+            return
+        if any(says_a_side(caption) for caption in sample.captions):
+            self.report.sided += 1
+            if flip == "on":
+                return
+        sample.crops += [self._planned(sample.digest, replace(crop.plan, flip=True)) for crop in sample.crops]
+
+    def _note_enlargement(self, factor: float) -> None:
+        self.report.enlarged += factor > 1
+        self.report.most_enlarged = max(self.report.most_enlarged, factor)
 
     def _facts(self, digest: bytes, data: bytes, snapshot: Snapshot) -> tuple[tuple[int, int], Thumbnail | None]:
         key = facts_key(digest, self.pixel_rules)
@@ -131,12 +180,40 @@ class Scanner:
                 pass  # it can be found out again
         return read_size(data, self.limits), None
 
-    def _plan(self, digest: bytes, size_hw: tuple[int, int]) -> CropPlan:
+    def _bucket(self, size_hw: Size) -> Size:
+        if self.config.images.crop == "off":
+            return own_bucket(size_hw, self.config.images.resolution, self.config.images.resolution_type)
+        return nearest_bucket(size_hw, self.buckets)
+
+    def _reason_to_skip(self, size_hw: Size, bucket_hw: Size) -> str | None:
+        images = self.config.images
+        if images.crop == "off" and max(size_hw) > images.max_aspect * min(size_hw):
+            return f'longer than images.max_aspect = {images.max_aspect}, and crop = "off" cuts nothing'
+        return reason_to_skip(size_hw, bucket_hw, images.skip, images.resolution_type)
+
+    def _plans(self, digest: bytes, size_hw: Size, bucket_hw: Size) -> list[CropPlan]:
+        """The crops of a picture, each once: small pictures have fewer different ones than `variants`."""
         height, width = size_hw
         if max(height, width) > 64 * min(height, width):
             raise PictureError(f"{height} x {width} px is too long and thin for any bucket")
-        bucket = nearest_bucket(size_hw, self.buckets)
-        return plan_crop(size_hw, bucket, self.config.images.crop, crop_draw(self.config.seed, digest, 0))
+        images = self.config.images
+        plans = [
+            plan_crop(
+                size_hw,
+                bucket_hw,
+                images.crop,
+                crop_draw(self.config.seed, digest, 0 if images.crop == "corner" else variant),
+                variant=variant,
+                downsample_px=images.downsample_to,
+                measure=images.resolution_type,
+            )
+            for variant in range(images.variants)
+        ]
+        return list(dict.fromkeys(plans))
+
+    def _planned(self, digest: bytes, plan: CropPlan) -> PlannedCrop:
+        rules, latents = self.pixel_rules, self.config.encode.latents
+        return PlannedCrop(plan, latent_key(digest, plan, rules, self.vae_digest, self.encode_dtype, latents))
 
     def _require_captions(self) -> None:
         if self.without_caption:
@@ -145,3 +222,11 @@ class Scanner:
                 f"{len(self.without_caption)} of {self.report.seen} pictures have no caption ({names}): "
                 f"{', or '.join(self.caption_places)}, or --set captions.missing=skip (leave them out), or =empty"
             )
+
+
+def _buckets(images: ImageRules) -> tuple[Size, ...]:
+    """The buckets that pictures are sorted into; () where each has its own."""
+    if images.crop == "off":
+        return ()
+    max_aspect = 1.0 if images.crop == "square" else images.max_aspect
+    return images.buckets or make_buckets(images.resolution, images.step, max_aspect, images.resolution_type)

@@ -5,7 +5,7 @@
     STORE/manifests/NAME/current.json      a copy of the newest seal; replaced last
 
 Rows are sorted by (dataset, bucket, sample id). The digest covers the schema version, the settings and the rows in that
-order: keys name inputs, so no digest depends on the bytes of a record. The doors to Arrow are this file and
+order: keys name inputs, so no digest depends on the bytes of a record. The doors to Arrow's files are this one and
 shared/manifest_rows.py.
 """
 

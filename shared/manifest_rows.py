@@ -80,10 +80,12 @@ class ManifestSettings(BaseModel):
     """The rules of the build: pixels, crops, buckets, captions, split, and those of each data set by its id."""
     meta: dict[str, MetaType] = {}
     """Columns that travel along, each as meta_NAME, and what they hold; where a sample has no value it is null."""
+    prompts: dict[str, str] = {}
+    """Key of the embeds of each further text that was asked for, by text, hex: prompts for validation."""
 
     def as_json(self) -> dict[str, Any]:
-        """The settings as they are digested and written; without `meta` where there is none."""
-        return self.model_dump(mode="json", exclude=None if self.meta else {"meta"})
+        """The settings as they are digested and written; without `meta` and `prompts` where there are none."""
+        return self.model_dump(mode="json", exclude_defaults=True)
 
 
 @dataclass(frozen=True)

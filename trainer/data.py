@@ -1,7 +1,7 @@
 """Store to batch: one prefetch thread copies records straight into (pinned) tensors, a few micro-batches ahead.
 
-Which caption a sample shows, and whether it shows none, are draws labelled by (epoch, position) like all others; they
-are made here because they decide what is read.
+Which of its crops and captions a sample shows, and whether it shows no caption, are draws labelled by (epoch, position)
+like all others; they are made here because they decide what is read.
 """
 
 import queue
@@ -16,7 +16,7 @@ from shared.contract import NullPrompt
 from shared.errors import DataError, RecordCorrupt
 from shared.latents import LatentMoments
 from shared.manifest import Manifest
-from shared.manifest_rows import ManifestRow
+from shared.manifest_rows import ManifestRow, Variant
 from shared.seeding import derive_seed
 from shared.store import Snapshot, StoreReader
 from trainer.batch import Batch
@@ -64,19 +64,23 @@ class BatchReader:
     def _fill(self, micro: MicroBatch, indices: list[int]) -> Batch:
         rows = self._manifest.rows(indices)
         mean, logvar, embeds, pooled = self._buffers(micro.bucket_hw, len(rows))
+        variants = [self._variant(row, place) for row, place in zip(rows, micro.places(), strict=True)]
         with self._store.snapshot() as snapshot:
             for i, (row, place) in enumerate(zip(rows, micro.places(), strict=True)):
                 latents = {"mean": mean[i].numpy()} | ({} if logvar is None else {"logvar": logvar[i].numpy()})
                 text = {"prompt_embeds": embeds[i].numpy(), "pooled_prompt_embeds": pooled[i].numpy()}
                 try:
-                    snapshot.copy_into(row.variants[0].latent_key, latents)
+                    snapshot.copy_into(variants[i].latent_key, latents)
                     self._copy_text(snapshot, row, place, text)
                 except RecordCorrupt as error:
                     raise _CorruptSample(i, row.path, str(error)) from None
         time_ids = self._empty(len(rows), 6, dtype=torch.float32)
-        for i, row in enumerate(rows):
-            time_ids[i] = _micro_conditioning(row).time_ids()
+        for i, (row, variant) in enumerate(zip(rows, variants, strict=True)):
+            time_ids[i] = MicroConditioning(row.original_hw, variant.crop_top_left, variant.target_hw).time_ids()
         return Batch(LatentMoments(mean, logvar), PromptEmbeds(embeds, pooled), time_ids, micro.places())
+
+    def _variant(self, row: ManifestRow, place: tuple[int, int]) -> Variant:
+        return row.variants[int(self._uniform("variant", place) * len(row.variants))]
 
     def _copy_text(self, snapshot: Snapshot, row: ManifestRow, place: tuple[int, int], targets: dict[str, Any]) -> None:
         if self._uniform("dropout", place) >= self._dropout:
@@ -163,8 +167,3 @@ def prefetch(read: Callable[[int], Batch], start: int) -> Generator[Batch, None,
     finally:
         stop.set()
         thread.join()
-
-
-def _micro_conditioning(row: ManifestRow) -> MicroConditioning:
-    variant = row.variants[0]
-    return MicroConditioning(row.original_hw, variant.crop_top_left, variant.target_hw)

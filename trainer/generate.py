@@ -15,8 +15,9 @@ from shared.command import one_line
 from shared.conditioning import PromptEmbeds
 from shared.contract import ExpertFacts, PairContract, check_pair
 from shared.device import choose_device
-from shared.errors import CheckpointError, ConfigError, ContractError, DataError
+from shared.errors import CheckpointError, ConfigError, ContractError
 from shared.progress import progress, say
+from shared.prompts import read_prompts_file
 from shared.text_encoders import TextEncoders, TextFacts, read_text_facts
 from shared.vae import Vae, VaeFacts, choose_encode_dtype, read_vae_facts
 from trainer.checkpoint import Checkpoint, newest_checkpoint, open_checkpoint
@@ -78,15 +79,7 @@ def read_prompts(given: Sequence[str], path: Path | None) -> list[str]:
 
     Raises ConfigError where that makes none or the file cannot be read, DataError where it is not text.
     """
-    lines: list[str] = []
-    if path is not None:
-        try:
-            lines = path.read_text(encoding="utf-8-sig").splitlines()
-        except UnicodeDecodeError as error:
-            raise DataError(f"{path} is not UTF-8 text (at byte {error.start})") from None
-        except OSError as error:
-            raise ConfigError(f"--prompts {path}: {error.strerror}") from None
-    prompts = [*given, *(line.strip() for line in lines if line.strip())]
+    prompts = [*given, *(read_prompts_file(path) if path is not None else [])]
     if not prompts:
         raise ConfigError("nothing to draw: give --prompt TEXT or --prompts FILE with a prompt on each line")
     return prompts

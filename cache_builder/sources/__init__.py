@@ -16,7 +16,7 @@ __all__ = ["Found", "MetaValue", "Skipped", "Source"]
 
 @dataclass(frozen=True)
 class Found:
-    """A picture that can be read; `captions` is () where it has none (the builder knows what that means)."""
+    """A picture that can be read; `captions` is () where it has none and ("",) where it has an empty one."""
 
     path: str
     """Relative to the data set's root, with "/"; SHARD.parquet/ROW or SHARD.tar/NAME where it is no file of its own."""

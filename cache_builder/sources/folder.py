@@ -134,7 +134,7 @@ class FolderSource:
         try:
             if (kind := entry_kind(sidecar)) != "file":
                 raise DataError(kind)
-            return parse_caption(read_regular(sidecar.path, MAX_CAPTION_BYTES), self._caption_rules)
+            return parse_caption(read_regular(sidecar.path, MAX_CAPTION_BYTES), self._caption_rules) or ("",)
         except DataError as error:
             raise DataError(f"caption: {error}") from None
 

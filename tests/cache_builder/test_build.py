@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from cache_builder.buckets import make_buckets, nearest_bucket, plan_crop
+from cache_builder.buckets import CropPlan, make_buckets, nearest_bucket, plan_crop
 from cache_builder.keys import facts_key, image_digest, sample_id, text_facts_key, text_key
 from cache_builder.pixels import PixelLimits, PixelRules, crop, decode, thumbnail
 from cache_builder.report import BuildReport
@@ -356,6 +356,134 @@ def test_a_damaged_facts_record_costs_nothing_but_time(tmp_path: Path, tiny_mode
     again = run_build([folder], store, tiny_model)
     assert account(again) == (1, 2, 0, 0, 0)
     assert again.digest == first.digest
+
+
+@pytest.fixture(scope="module")
+def varied(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Five pictures, of which one tells a side and one has room for one crop alone."""
+    folder = write_shapes(tmp_path_factory.mktemp("varied") / "set", 5)
+    for index, size in enumerate([(70, 300), (300, 70), (64, 64), (100, 90), (90, 70)]):
+        path = folder / f"shape-0000{index}.png"
+        Image.open(path).resize(size[::-1], Image.Resampling.LANCZOS).save(path)
+        path.with_suffix(".txt").write_text("a shape at the left" if index == 3 else f"a, b, c {index}")
+    return folder
+
+
+VARIED = (
+    "images.crop=random",
+    "images.variants=3",
+    "images.flip=on",
+    "images.buckets=[[64, 64], [48, 80]]",
+    "images.downsample_to=72",
+    "captions.variants={count = 3, drop = 0.2}",
+    "captions.trigger=sks",
+    "max_quarantined=0.5",
+)
+
+
+def test_every_variant_is_a_crop_with_latents_of_its_own(
+    tmp_path: Path, varied: Path, tiny_model: Path, run_build: Build
+) -> None:
+    from diffusers import AutoencoderKL
+
+    report = run_build([varied], tmp_path / "store", tiny_model, *VARIED)
+    assert account(report) == (5, 0, 0, 0, 0)
+    assert (report.sided, report.crops, report.encoded_crops) == (1, 23, 23)
+    assert "crops 23, 23 encoded now" in report.as_text().splitlines()
+    vae, rules = AutoencoderKL.from_pretrained(tiny_model / "vae").eval(), PixelRules()
+    counts = {}
+    for row in rows_of(tmp_path / "store"):
+        pixels = decode((varied / row.path).read_bytes(), rules, PixelLimits())
+        counts[row.path[-5]] = (len(row.variants), sum(variant.flip for variant in row.variants))
+        for variant in row.variants:
+            resize_hw = plan_crop(row.original_hw, row.bucket_hw, "center", downsample_px=72).resize_hw
+            top, left = variant.crop_top_left
+            assert variant.target_hw == row.bucket_hw
+            seen = pixels[:, ::-1] if variant.flip else pixels  # time_ids are those of the picture as it is seen
+            cut = crop(np.ascontiguousarray(seen), CropPlan(resize_hw, top, left, row.bucket_hw), rules)
+            with torch.inference_mode():
+                moments = vae.encode(torch.from_numpy(cut).permute(2, 0, 1)[None].float() / 127.5 - 1).latent_dist
+            held = read(tmp_path / "store", variant.latent_key).tensors["mean"]
+            assert np.abs(held - moments.mean[0].numpy()).mean() < 0.02
+        texts = [read(tmp_path / "store", key).meta["caption"] for key in row.text_keys]
+        assert all(text.startswith("sks") for text in texts)
+    assert counts == {"0": (6, 3), "1": (6, 3), "2": (2, 1), "3": (3, 0), "4": (6, 3)}
+
+
+def test_variants_are_reused_one_by_one(tmp_path: Path, varied: Path, tiny_model: Path, run_build: Build) -> None:
+    store, encoded = tmp_path / "store", []
+    from cache_builder.encode import SampleEncoder
+
+    class Counting(SampleEncoder):
+        def encode_crops(self, crops: Any) -> Any:
+            encoded.extend(crop.key for crop in crops)
+            return super().encode_crops(crops)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("cache_builder.build.SampleEncoder", Counting)
+        first = run_build([varied], store, tiny_model, *VARIED[:1], *VARIED[3:])
+        assert len(encoded) == 5
+        assert account(run_build([varied], store, tiny_model, *VARIED)) == (5, 0, 0, 0, 0)
+        keys = {variant.latent_key for row in rows_of(store) for variant in row.variants}
+        assert len(encoded) == len(set(encoded)) == len(keys) == 23  # each crop just once over both builds
+        twice = run_build([varied, varied], store, tiny_model, *VARIED, datasets=["set", "other"], replace=True)
+        assert account(twice) == (0, 10, 0, 0, 0)
+        back = run_build([varied], store, tiny_model, *VARIED[:1], *VARIED[3:], replace=True, allow_shrink=True)
+        assert (account(back), back.digest) == ((0, 5, 0, 0, 0), first.digest)
+        assert len(encoded) == 23
+
+
+def test_a_sample_that_lacks_one_of_its_variants_is_set_aside(
+    tmp_path: Path, varied: Path, tiny_model: Path, run_build: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cache_builder.encode import SampleEncoder
+
+    encode, spoiled = SampleEncoder.encode_crops, []
+
+    def spoil(self: SampleEncoder, crops: Any) -> Any:
+        framed = encode(self, crops)
+        if not spoiled and len(framed) > 2:
+            spoiled.append(crops[1].key)
+            framed[1] = None
+        return framed
+
+    monkeypatch.setattr(SampleEncoder, "encode_crops", spoil)
+    report = run_build([varied], tmp_path / "store", tiny_model, *VARIED)
+    assert account(report) == (4, 0, 1, 0, 0)
+    assert [reason for _, reason in report.quarantined] == ["its latents are not finite"]
+    monkeypatch.undo()
+    mended = run_build([varied], tmp_path / "store", tiny_model, *VARIED)
+    assert account(mended) == (1, 4, 0, 0, 0)
+    assert mended.digest == run_build([varied], tmp_path / "fresh", tiny_model, *VARIED).digest
+
+
+def test_a_build_that_broke_off_between_two_crops_goes_on_with_the_rest(
+    tmp_path: Path, varied: Path, tiny_model: Path, run_build: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cache_builder.encode import SampleEncoder
+
+    encode, encoded = SampleEncoder.encode_crops, []
+
+    def break_off(self: SampleEncoder, crops: Any) -> Any:
+        if len(encoded) >= 8:
+            raise KeyboardInterrupt
+        encoded.extend(crop.key for crop in crops)
+        return encode(self, crops)
+
+    monkeypatch.setattr(SampleEncoder, "encode_crops", break_off)
+    with pytest.raises(KeyboardInterrupt):
+        run_build([varied], tmp_path / "store", tiny_model, *VARIED)
+    monkeypatch.undo()
+    rest = run_build([varied], tmp_path / "store", tiny_model, *VARIED)
+    assert rest.encoded_crops == 23 - len(encoded)
+    assert rest.stored + rest.reused == 5
+    assert rest.digest == run_build([varied], tmp_path / "fresh", tiny_model, *VARIED).digest
+
+
+def test_batches_of_variants_change_no_digest(tmp_path: Path, varied: Path, tiny_model: Path, run_build: Build) -> None:
+    small = run_build([varied], tmp_path / "1", tiny_model, *VARIED, "encode.batch=1", "encode.threads=1")
+    large = run_build([varied], tmp_path / "2", tiny_model, *VARIED, "encode.batch=16", "encode.threads=4")
+    assert small.digest == large.digest
 
 
 KINDS = ("good", "twin", "cut", "thin", "no caption", "bad caption", "link", "text")

@@ -246,6 +246,13 @@ CHANGES: dict[str, tuple[Callable[[World], Any], int, int, bool]] = {
     "dtype": (setting(encode__dtype="bfloat16"), ALL, 0, OTHER),
     "chunks": (setting(text__chunks="2"), 0, TEXT, OTHER),
     "lines": (setting(captions__lines="first"), 0, 0, OTHER),
+    "mirrored, but every caption tells a side": (setting(images__flip="on"), 0, 0, OTHER),
+    "all mirrored": (setting(images__flip="force"), ALL, 0, OTHER),
+    "skip rules that skip none": (setting(images__skip="{min_size=8, max_size=9000, max_aspect=9}"), 0, 0, OTHER),
+    "some": (setting(images__skip="{max_samples=4}"), 0, 0, OTHER),
+    "a trigger": (setting(captions__trigger="sks"), 0, CAPTIONS, OTHER),
+    "a suffix": (setting(captions__suffix="."), 0, CAPTIONS, OTHER),
+    "nothing is taken out": (setting(captions__remove='["xyzzy"]', captions__remove_patterns='["x+y"]'), 0, 0, OTHER),
     "seed, centre crop": (setting(seed="1"), 0, 0, OTHER),
     "split": (setting(split__eval_fraction="0.6"), 0, 0, OTHER),
     "salt": (setting(split__salt="other"), 0, 0, OTHER),
@@ -265,7 +272,8 @@ def same_records(one: Path, other: Path, sound: bool = True) -> None:
     manifest = open_manifest(other, "main")
     keys = {bytes.fromhex(manifest.settings.null_text_key)}
     for row in manifest.rows(range(len(manifest))):
-        keys |= {row.variants[0].latent_key, *row.text_keys}
+        keys |= {*(variant.latent_key for variant in row.variants), *row.text_keys}
+    keys |= {bytes.fromhex(key) for key in manifest.settings.prompts.values()}
     with StoreReader(one) as a, StoreReader(other) as b, a.snapshot() as left, b.snapshot() as right:
         for key in keys:
             x, y = left.read(key), right.read(key)
@@ -313,6 +321,16 @@ def test_going_back_finds_everything(before: Path, tmp_path: Path, run_build: Bu
         ({}, {"images.crop": "random"}),
         ({}, {"images.step": "64"}),
         ({}, {"images.max_aspect": "1"}),
+        ({}, {"images.crop": "square"}),
+        ({}, {"images.crop": "off"}),
+        ({}, {"images.resolution_type": "edge"}),
+        ({}, {"images.resolution_type": "long_edge"}),
+        ({}, {"images.buckets": "[[64, 64], [48, 80]]"}),
+        ({}, {"images.downsample_to": "72"}),
+        (
+            {"images.crop": "random", "images.downsample_to": "80"},
+            {"images.crop": "corner", "images.downsample_to": "80"},
+        ),
     ],
     ids=str,
 )

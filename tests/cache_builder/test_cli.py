@@ -102,6 +102,18 @@ def test_help_is_quick_and_light() -> None:
         (["--set", 'captions.extensions=["txt"]'], 64, "'txt' is not a file suffix"),
         (["--set", "encode.dtype=float16"], 64, "this VAE overflows"),
         (["--set", "images.max_pixels=1000000000"], 64, "max_pixels 1000000000"),
+        (["--set", "images.variants=2"], 64, 'images: variants = 2 would all be one crop: set crop to "random" or'),
+        (["--set", "images.crop=off", "--set", "images.buckets=[[64, 64]]"], 64, 'and crop = "off" makes its own'),
+        (["--set", "images.buckets=[[64, 64], [64, 64]]"], 64, "buckets: one of them is given twice"),
+        (["--set", "images.buckets=[[64, 65]]"], 64, r"images.buckets.0.1: .*multiple of 8"),
+        (["--set", "images.crop=off", "--set", "images.downsample_to=64"], 64, "downsample_to needs a crop"),
+        (["--resolution", "128", "--set", "images.resolution=96", "--set", "images.downsample_to=64"], 64, "below res"),
+        (["--set", "images.skip={min_size = 9, max_size = 8}"], 64, "images.skip: min_size 9 is above max_size 8"),
+        (["--set", "images.skip={min_aspect = 2, max_aspect = 1}"], 64, "images.skip: min_aspect 2.0 is above"),
+        (["--set", "images.skip.max_upscale=0.5"], 64, "images.skip.max_upscale: .*greater than or equal to 1"),
+        (["--set", "images.max_samples=5"], 64, "did you mean 'images.skip.max_samples'"),
+        (["--set", "captions.remove_patterns=['(']"], 64, r"remove_patterns: '\(' is not a regular expression"),
+        (["--prompts", "nowhere.txt"], 64, "--prompts nowhere.txt: No such file"),
         (["--config", "nowhere.toml"], 64, "config file nowhere.toml: No such file"),
         (["--device", "gpu"], 64, "--device gpu cannot be used"),
         (["--device", "cuda:99"], 64, "--device cuda:99 cannot be used"),
@@ -117,6 +129,31 @@ def test_wrong_settings(
 ) -> None:
     refused(commands.build(pictures, tmp_path / "store", tiny_model, *more), code, pattern)
     assert not (tmp_path / "store/manifests").exists()
+
+
+def test_prompts_are_embedded_beside_the_captions(
+    tmp_path: Path, pictures: Path, tiny_model: Path, commands: Any, arguments_of: Callable[..., list[str]]
+) -> None:
+    store, file = tmp_path / "store", tmp_path / "prompts.txt"
+    file.write_text("a cat\n\n a cat \n" + "very " * 90 + "\x1b[1mlong\n", encoding="utf-8-sig")
+    report = json.loads(commands.build(pictures, store, tiny_model, "--prompts", file).out)
+    assert (report["prompts"], report["truncated_prompts"], report["truncated"]) == (2, 1, 0)
+    assert report["encoded_captions"] == report["unique_captions"] + 3  # and the empty one
+    manifest = open_manifest(store, "main")
+    assert list(manifest.settings.prompts) == ["a cat", ("very " * 90 + "\x1b[1mlong")]
+    with StoreReader(store) as reader, reader.snapshot() as snapshot:
+        for text, key in manifest.settings.prompts.items():
+            assert snapshot.read(bytes.fromhex(key)).meta["caption"] == text
+    without = json.loads(commands.build(pictures, store, tiny_model).out)
+    assert (without["encoded_captions"], without["prompts"]) == (0, 0)
+    assert without["digest"] != report["digest"]
+    line = [part for part in arguments_of(pictures, store, tiny_model, "--prompts", str(file)) if part != "--json"]
+    again = commands.run(*line)
+    assert "prompts 2, 1 cut short" in again.out.splitlines()
+    file.write_bytes(b"caf\xe9")
+    refused(
+        commands.build(pictures, store, tiny_model, "--prompts", file), 65, "prompts.txt is not UTF-8 text .at byte 3"
+    )
 
 
 def test_a_name_that_cannot_be_is_said_before_anything_is_encoded(

@@ -38,7 +38,7 @@ def test_pictures_and_their_captions(tmp_path: Path) -> None:
     files = {"b/cat.PNG": b"cat", "b/cat.txt": b"a cat\na mammal", "a.jpg": b"a", "a.caption": b"an a", "c.webp": b"c"}
     write(tmp_path, files | {"b.d/e.f.gif": b"e", "b.d/e.f.txt": b" \n", "b.d/e.txt": b"not its caption"})
     source = make_source(tmp_path)
-    assert found(source) == {"a.jpg": ("an a",), "b/cat.PNG": ("a cat", "a mammal"), "b.d/e.f.gif": (), "c.webp": ()}
+    assert found(source) == {"a.jpg": ("an a",), "b/cat.PNG": ("a cat", "a mammal"), "b.d/e.f.gif": ("",), "c.webp": ()}
     assert {item.path: item.read() for item in source.scan() if isinstance(item, Found)}["b/cat.PNG"] == b"cat"
     assert source.passed_over == {".txt": 1}
     assert source.dataset_id == "set"

@@ -137,6 +137,7 @@ CHANGED_SETTINGS: dict[str, Any] = {
     "datasets": ("cats",),
     "build": {"resolution": 1024, "split": {"salt": "t", "fraction": 0.02}},
     "meta": {"score": "float"},
+    "prompts": {"a cat": "ee"},
 }
 
 

@@ -120,6 +120,28 @@ def test_each_caption_is_shown_equally_often(world: Any) -> None:
     assert 160 < counts[0] < 240  # 4 deviations are 40
 
 
+def test_each_crop_is_shown_equally_often_and_told_truly(world: Any, tmp_path: Path) -> None:
+    own = world.copy(tmp_path / "store")
+    sets = ("images.crop=random", "images.variants=2", "images.max_aspect=1", "images.downsample_to=80")
+    own.build(*sets, "images.flip=force", manifest="varied")
+    manifest = open_manifest(own.store, "varied")
+    index, row = next((i, row) for i, row in rows_of(manifest).items() if len(row.variants) == 4)
+    counts: Counter[int] = Counter()
+    with StoreReader(own.store) as store:
+        with store.snapshot() as snapshot:
+            means = [snapshot.read(variant.latent_key).tensors["mean"].copy() for variant in row.variants]
+        reader, again = reader_of(store, manifest), reader_of(store, manifest)
+        for epoch in range(400):
+            micro = MicroBatch(row.bucket_hw, (index,), epoch, 0)
+            batch = reader.read(micro)
+            which = [np.array_equal(batch.moments.mean[0].numpy(), mean) for mean in means].index(True)
+            variant = row.variants[which]
+            assert batch.time_ids[0].tolist() == [*row.original_hw, *variant.crop_top_left, *variant.target_hw]
+            assert epoch > 20 or torch.equal(batch.moments.mean, again.read(micro).moments.mean)
+            counts[which] += 1
+    assert all(65 < counts[which] < 135 for which in range(4))  # 4 deviations are 35
+
+
 def test_a_damaged_record_is_replaced_by_the_next_of_its_bucket_and_told_once(world: Any, tmp_path: Path) -> None:
     own = world.copy(tmp_path / "store")
     manifest = open_manifest(own.store, "main")
