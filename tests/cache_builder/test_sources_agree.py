@@ -51,7 +51,7 @@ def samples_of(root: Path, store: StoreWriter, **source: Any) -> dict[Any, Any]:
     for sample in samples:
         assert sample.read() == sample.read()
     return {
-        sample.digest: (sample.captions, sample.latent_key, sample.original_hw, meta_row(sample, types))
+        sample.digest: (sample.captions, sample.crops, sample.original_hw, meta_row(sample, types))
         for sample in samples
     }
 
