@@ -185,12 +185,12 @@ EMPTY: dict[str, tuple[Callable[[Path], Any], str, str]] = {
     "folder of shards": (
         lambda p: write_tar(p / "a.tar", []),
         "folder",
-        r"1 files seen, none of them pictures by name \(1 .tar\);.*; to read its .tar files: source.kind = webdataset",
+        r"none of them pictures by name \(1 .tar\);.*; to read its .tar files: --set source.kind=webdataset",
     ),
     "folder of tables": (
         lambda p: write_parquet(p / "a.parquet", [Item("a.png", b"")]),
         "folder",
-        r"to read its .parquet files: source.kind = table",
+        r"to read its .parquet files: --set source.kind=table",
     ),
     "table": (
         lambda p: write_folder(p, [Item("a.png", b"")]),
@@ -245,7 +245,7 @@ def test_one_empty_data_set_among_others_is_said(place: Path, tmp_path: Path, ti
     [
         ("table", r"source.caption_columns names their column \(now text or caption or captions or prompt\)"),
         ("webdataset", "write each one into the shard beside its picture as .txt or .caption or .json"),
-        ("folder", "write each one beside its picture as .txt or .caption"),
+        ("folder", "write each one beside its picture as .txt or .caption, or all of them into a metadata.csv"),
     ],
 )
 def test_pictures_without_captions(kind: str, pattern: str, tmp_path: Path, tiny_model: Path, commands: Any) -> None:
