@@ -1,7 +1,7 @@
 """What became of everything that was seen: seen = stored + reused + quarantined + skipped + duplicate, always."""
 
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from shared.command import one_line
@@ -28,14 +28,12 @@ class BuildReport:
     digest: str = ""
     seconds: float = 0.0
 
-    def copy(self) -> "BuildReport":
-        """The account as it is now."""
-        return replace(self, skipped=Counter(self.skipped), quarantined=list(self.quarantined))
-
-    def since(self, before: "BuildReport") -> "BuildReport":
-        """What was seen, skipped and quarantined after `before` was copied."""
-        bad = self.quarantined[len(before.quarantined) :]
-        return BuildReport(seen=self.seen - before.seen, skipped=self.skipped - before.skipped, quarantined=bad)
+    def add_scan(self, other: "BuildReport") -> None:
+        """Take over what the scan of one data set counted."""
+        self.seen += other.seen
+        self.duplicate += other.duplicate
+        self.skipped += other.skipped
+        self.quarantined += other.quarantined
 
     def check(self) -> None:
         """The sum holds, or the accounting has a fault that nobody should train on."""

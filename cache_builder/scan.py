@@ -32,11 +32,11 @@ class Sample:
     plan: CropPlan
     latent_key: bytes
     facts_key: bytes
+    rules: PixelRules
+    limits: PixelLimits
+    meta: dict[str, MetaValue]
     thumbnail: Thumbnail | None = None
     """None until the picture has been decoded, in this build or an earlier one."""
-    rules: PixelRules = field(default_factory=PixelRules)
-    limits: PixelLimits = field(default_factory=PixelLimits)
-    meta: dict[str, MetaValue] = field(default_factory=dict)
 
 
 @dataclass
@@ -61,11 +61,11 @@ class Scanner:
         samples: list[Sample] = []
         nothing: list[str] = []
         for source in sources:
-            before = self.report.copy()
-            own = replace(self, config=self.config.for_dataset(source.dataset_id))
+            own = replace(self, config=self.config.for_dataset(source.dataset_id), report=BuildReport())
             found = own._scan_source(source, store)
+            self.report.add_scan(own.report)
             samples += found
-            nothing += [] if found else [nothing_found(source, own.config.source, self.report.since(before))]
+            nothing += [] if found else [nothing_found(source, own.config.source, own.report)]
         self._require_captions()
         if nothing:
             raise DataError(nothing[0])
@@ -116,8 +116,8 @@ class Scanner:
             facts_key(digest, self.pixel_rules),
         )
         known[digest] = Sample(
-            dataset, item.path, digest, item.read, captions, size_hw, plan, *keys, thumbnail,
-            rules=self.pixel_rules, limits=self.limits, meta=dict(item.meta),
+            dataset, item.path, digest, item.read, captions, size_hw, plan, *keys,
+            self.pixel_rules, self.limits, dict(item.meta), thumbnail,
         )  # fmt: skip
 
     def _facts(self, digest: bytes, data: bytes, snapshot: Snapshot) -> tuple[tuple[int, int], Thumbnail | None]:
