@@ -17,7 +17,7 @@ def caption_place(config: BuildConfig) -> str:
     extensions = " or ".join(config.captions.extensions)
     if config.source.kind == "webdataset":
         return f"write each one into the shard beside its picture as {extensions} or .json"
-    return f"write each one beside its picture as {extensions}"
+    return f"write each one beside its picture as {extensions}, or all of them into a metadata.csv"
 
 
 def nothing_found(source: Source, rules: SourceRules, report: BuildReport) -> str:
@@ -48,5 +48,5 @@ def _wanted(rules: SourceRules, containers: int) -> tuple[str, str]:
 def _other_kind(source: Source, rules: SourceRules) -> str:
     for suffix, kind in _OTHER_KINDS.items():
         if source.passed_over[suffix] and kind != (rules.kind or "folder"):
-            return f"; to read its {suffix} files: source.kind = {kind}"
+            return f"; to read its {suffix} files: --set source.kind={kind}"
     return ""

@@ -43,7 +43,7 @@ def _cache_build(
     replace: Replace = False,
     allow_shrink: Shrink = False,
 ) -> None:
-    """Encode captioned pictures, of FOLDER or [[datasets]], into a store, once; what is stored already is reused."""
+    """Encode captioned pictures, FOLDER or the data sets of --config, into a store, once; reuse what is stored."""
     from cache_builder.build import BuildOptions, build
     from cache_builder.config import BuildConfig
     from cache_builder.datasets import choose_datasets, open_sources

@@ -34,7 +34,7 @@ def read_metadata(
 ) -> Iterator[tuple[str, Entry] | Skipped]:
     """(picture, entry) of each row of the metadata file `path`, in order; all relative to `root`."""
     folder = path.rpartition("/")[0]
-    unit = "row" if path.endswith(".parquet") else "line"
+    unit = "row" if path.lower().endswith(".parquet") else "line"
     complaints = Complaints(path, unit)
     try:
         columns, rows = _rows(root, path, rules, caption_rules)
@@ -57,16 +57,18 @@ def read_metadata(
 def _rows(
     root: Path, path: str, rules: SourceRules, caption_rules: CaptionRules
 ) -> tuple[Columns, Iterator[Row | BadRow]]:
-    if path.endswith(".csv"):
+    if path.lower().endswith(".csv"):
         with open_beneath(root, path) as file:
             types = csv_types(file)
         return Columns(rules, caption_rules, types), _stream(root, path)
-    return Columns(rules, caption_rules), _parquet(root, path) if path.endswith(".parquet") else _stream(root, path)
+    return Columns(rules, caption_rules), _parquet(root, path) if path.lower().endswith(".parquet") else _stream(
+        root, path
+    )
 
 
 def _stream(root: Path, path: str) -> Iterator[Row | BadRow]:
     with open_beneath(root, path) as file:
-        yield from read_csv(file) if path.endswith(".csv") else read_jsonl(file)
+        yield from read_csv(file) if path.lower().endswith(".csv") else read_jsonl(file)
 
 
 def _parquet(root: Path, path: str) -> Iterator[Row | BadRow]:

@@ -138,17 +138,19 @@ class PictureShelf:
         return bytes(data)
 
     def _find(self, path: str, column: str, row: int) -> Batch:
+        """Go forward to the row from where the last one was, or from the beginning of its row group."""
         if self._ahead is None or self._ahead[:2] != (path, column) or self._ahead[2] > row:
             if self._table:
                 self._table.close()
             self._table = ParquetTable(self._root, path)
             self._ahead = path, column, 0, self._table.batches([column], row)
-        for batch in self._ahead[3]:
+        following = self._ahead[3]
+        self._ahead = None  # until it is found: what failed is begun anew
+        for batch in following:
             self._keep(batch)
-            self._ahead = path, column, batch.start + batch.data.num_rows, self._ahead[3]
             if batch.holds(path, row):
+                self._ahead = path, column, batch.start + batch.data.num_rows, following
                 return batch
-        self._ahead = None
         raise DataError("its row is no longer in the file")
 
     def _keep(self, batch: Batch) -> None:

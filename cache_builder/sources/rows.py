@@ -88,9 +88,9 @@ def csv_columns(file: BinaryIO) -> list[str]:
     return csv_header(_records(file))
 
 
-def csv_types(file: BinaryIO) -> dict[str, type]:
-    """For each column, bool, int or float where every filled field of the file reads as one, else str."""
-    types: dict[str, type] = {}
+def csv_types(file: BinaryIO, types: dict[str, type] | None = None) -> dict[str, type]:
+    """For each column, bool, int or float where every filled field reads as one, else str; added to `types`."""
+    types = {} if types is None else types
     for row in read_csv(file):
         if isinstance(row, Row):
             for name, field in row.values.items():

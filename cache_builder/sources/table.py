@@ -6,15 +6,16 @@ Nothing is held but the rows of one batch; a picture in a row is read again by t
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from cache_builder.captions import CaptionRules
 from cache_builder.sources import Found, Skipped
 from cache_builder.sources.columns import Columns, Complaints
-from cache_builder.sources.files import find_shards, open_beneath, read_beneath, relative_path
+from cache_builder.sources.files import find_shards, open_beneath, printable, read_beneath, relative_path
 from cache_builder.sources.parquet import Batch, Embedded, ParquetTable, PictureShelf
 from cache_builder.sources.rows import BadRow, Row, csv_columns, csv_types, read_csv, read_jsonl
 from cache_builder.sources.rules import TABLE_SUFFIXES, SourceRules
@@ -41,7 +42,8 @@ class TableSource:
         self.containers = 0
         try:
             if self.root.is_dir():
-                return self._read_all((path, path, why) for path, why in list(self._shards()))
+                found = find_shards(self.root, TABLE_SUFFIXES, self.passed_over)
+                return self._read_all([(path, path, why) for path, why in found], self.root)
             target = self.root.resolve(strict=True)  # the file itself may be a link: the user named it
         except OSError as error:
             raise DataError(f"data set {self.dataset_id}: table {self.root}: {error.strerror}") from None
@@ -54,35 +56,28 @@ class TableSource:
         self._shelf = PictureShelf(target.parent, self._max_bytes)
         return self._read_all([(self.root.name, target.name, None)], target.parent)
 
-    def _shards(self) -> Iterator[tuple[str, str | None]]:
-        return find_shards(self.root, TABLE_SUFFIXES, self.passed_over)
-
-    def _read_all(
-        self, shards: Iterable[tuple[str, str, str | None]], folder: Path | None = None
-    ) -> Iterator[Found | Skipped]:
-        for label, path, why in shards:
+    def _read_all(self, shards: Sequence[tuple[str, str, str | None]], folder: Path) -> Iterator[Found | Skipped]:
+        types = _csv_types(folder, [path for name, path, why in shards if why is None and _is_csv(name)])
+        for name, path, why in shards:
+            label = printable(name)
             self.containers += 1
             try:
                 if why is not None:
                     raise DataError(why)
-                yield from self._read(folder or self.root, label, path)
+                if label.lower().endswith(".parquet"):
+                    yield from self._read_parquet(folder, label, path)
+                else:
+                    yield from self._read_lines(folder, label, path, types if _is_csv(name) else {})
             except DataError as error:
                 yield Skipped(label, f"{label}: {error}")
 
-    def _read(self, folder: Path, label: str, path: str) -> Iterator[Found | Skipped]:
-        if path.lower().endswith(".parquet") or label.lower().endswith(".parquet"):
-            yield from self._read_parquet(folder, label, path)
-            return
-        is_csv = label.lower().endswith(".csv")
-        types: dict[str, type] = {}
-        if is_csv:
+    def _read_lines(self, folder: Path, label: str, path: str, types: Mapping[str, type]) -> Iterator[Found | Skipped]:
+        if _is_csv(label):
             with _opened(folder, path) as file:
                 self._require_picture(csv_columns(file))
-            with _opened(folder, path) as file:
-                types = csv_types(file)
         columns, complaints = Columns(self._rules, self._caption_rules, types), Complaints(label, "line")
         with _opened(folder, path) as file:
-            for row in read_csv(file) if is_csv else read_jsonl(file):
+            for row in read_csv(file) if _is_csv(label) else read_jsonl(file):
                 yield self._picture(row, columns, complaints)
 
     def _read_parquet(self, folder: Path, label: str, path: str) -> Iterator[Found | Skipped]:
@@ -139,7 +134,20 @@ class TableSource:
             )
 
 
-def _opened(folder: Path, path: str) -> Any:
+def _csv_types(folder: Path, paths: Sequence[str]) -> dict[str, type]:
+    """The types of the columns over all CSV files of a data set."""
+    types: dict[str, type] = {}
+    for path in paths:
+        with suppress(DataError), _opened(folder, path) as file:  # it is said when the file is read
+            csv_types(file, types)
+    return types
+
+
+def _is_csv(name: str) -> bool:
+    return name.lower().endswith(".csv")
+
+
+def _opened(folder: Path, path: str) -> BinaryIO:
     try:
         return open_beneath(folder, path)
     except OSError as error:

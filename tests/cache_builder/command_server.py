@@ -15,7 +15,7 @@ from typing import Any
 HEAVY = (
     "cache_builder.build",
     "cache_builder.cli",
-    "cache_builder.sources.folder",
+    "cache_builder.datasets",
     "diffusers.models.autoencoders.autoencoder_kl",
     "shared.device",
     "shared.model_folder",

@@ -2,7 +2,9 @@
 
 import json
 import re
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,11 @@ from cache_builder.report import BuildReport
 from shared.config import load_config
 from shared.errors import ConfigError, DataError
 from shared.manifest import open_manifest
+from shared.store import StoreReader
 from tests.datasets import Item, jsonl, write_folder, write_parquet, write_tar
 from tests.pictures import write_shapes
+from trainer.data import BatchReader
+from trainer.sampler import MicroBatch
 
 TOML = """
 [images]
@@ -95,12 +100,39 @@ def test_each_data_set_has_its_own_rules(place: Path, tmp_path: Path, tiny_model
     assert (again.stored, again.reused, again.encoded_captions, again.digest) == (0, 18, 0, report.digest)
 
 
+def test_an_edited_score_encodes_nothing_and_is_another_manifest(place: Path, tmp_path: Path, tiny_model: Path) -> None:
+    items = [Item(p.name, p.read_bytes(), ["x"], {"score": 1}) for p in sorted((place / "shapes").glob("*.png"))]
+    sets = ["images.resolution=64", "images.step=16", f'datasets=[{{id="t", root="{tmp_path}/t.parquet"}}]']
+    config, reports = load_config(BuildConfig, sets=sets), []
+    changed = replace(items[2], data=items[2].data + b"one byte more")
+    for version in (items, [replace(items[0], meta={"score": 2}), *items[1:]], [*items[:2], changed, *items[3:]]):
+        write_parquet(tmp_path / "t.parquet", version)
+        reports.append(run(config, tmp_path / "store", tiny_model))
+    assert [(report.stored, report.reused, report.encoded_captions) for report in reports] == [
+        (6, 0, 2), (0, 6, 0), (1, 5, 0),
+    ]  # fmt: skip
+    assert len({report.digest for report in reports}) == 3
+
+
+def test_a_trainer_reads_what_has_columns_of_its_own(place: Path, tmp_path: Path, tiny_model: Path) -> None:
+    run(load_config(BuildConfig, [place / "sets.toml"], ["split.eval_fraction=0"]), tmp_path / "store", tiny_model)
+    manifest = open_manifest(tmp_path / "store", "main")
+    options: dict[str, Any] = {"seed": 0, "caption_dropout": 0.0, "null_prompt": "zeros", "pin_memory": False}
+    read = 0
+    with StoreReader(tmp_path / "store") as store:
+        reader = BatchReader(store, manifest, on_corrupt=lambda path, why: pytest.fail(f"{path}: {why}"), **options)
+        for bucket in manifest.buckets():
+            batch = reader.read(MicroBatch(bucket.hw, tuple(int(row) for row in bucket.rows), 0, 0))
+            read += len(batch.time_ids)
+    assert read == 18
+
+
 def test_a_moved_data_set_is_the_same(place: Path, tmp_path: Path, tiny_model: Path) -> None:
-    config = load_config(BuildConfig, [place / "sets.toml"])
-    moved = config.model_copy(
-        update={"datasets": tuple(d.model_copy(update={"root": Path(str(d.root))}) for d in reversed(config.datasets))}
-    )
-    digests = [run(c, tmp_path / "store", tiny_model).digest for c in (config, moved)]
+    moved = tmp_path / "elsewhere"
+    shutil.copytree(place, moved)
+    configs = [load_config(BuildConfig, [folder / "sets.toml"]) for folder in (place, moved)]
+    configs[1] = configs[1].model_copy(update={"datasets": configs[1].datasets[::-1]})
+    digests = [run(config, tmp_path / "store", tiny_model).digest for config in configs]
     assert digests[0] == digests[1]
 
 
@@ -185,12 +217,12 @@ EMPTY: dict[str, tuple[Callable[[Path], Any], str, str]] = {
     "folder of shards": (
         lambda p: write_tar(p / "a.tar", []),
         "folder",
-        r"1 files seen, none of them pictures by name \(1 .tar\);.*; to read its .tar files: source.kind = webdataset",
+        r"none of them pictures by name \(1 .tar\);.*; to read its .tar files: --set source.kind=webdataset",
     ),
     "folder of tables": (
         lambda p: write_parquet(p / "a.parquet", [Item("a.png", b"")]),
         "folder",
-        r"to read its .parquet files: source.kind = table",
+        r"to read its .parquet files: --set source.kind=table",
     ),
     "table": (
         lambda p: write_folder(p, [Item("a.png", b"")]),
@@ -245,7 +277,7 @@ def test_one_empty_data_set_among_others_is_said(place: Path, tmp_path: Path, ti
     [
         ("table", r"source.caption_columns names their column \(now text or caption or captions or prompt\)"),
         ("webdataset", "write each one into the shard beside its picture as .txt or .caption or .json"),
-        ("folder", "write each one beside its picture as .txt or .caption"),
+        ("folder", "write each one beside its picture as .txt or .caption, or all of them into a metadata.csv"),
     ],
 )
 def test_pictures_without_captions(kind: str, pattern: str, tmp_path: Path, tiny_model: Path, commands: Any) -> None:

@@ -140,6 +140,13 @@ def test_columns_by_name(tmp_path: Path) -> None:
     assert [item.captions for item in found(named)] == [("a",), ("b",)]
 
 
+def test_a_column_of_csv_has_one_type_in_all_files(tmp_path: Path) -> None:
+    for index, value in enumerate(("1", "2.5", "")):
+        (tmp_path / f"{index}.csv").write_text(f"path,score,tag\n{index}.png,{value},{'x' if index else 7}\n")
+    items = found(make_source(tmp_path, kind="table"))
+    assert [item.meta for item in items] == [{"score": 1.0, "tag": "7"}, {"score": 2.5, "tag": "x"}, {"tag": "x"}]
+
+
 def test_types_of_parquet_columns(tmp_path: Path) -> None:
     table = pa.table(
         {
