@@ -14,6 +14,7 @@ from cache_builder.config import BuildConfig
 from cache_builder.encode import SampleEncoder
 from cache_builder.fill import Filler
 from cache_builder.keys import sample_id, text_key
+from cache_builder.preview_fit import PreviewKeeper
 from cache_builder.report import BuildReport
 from cache_builder.scan import Sample, Scanner
 from cache_builder.sources import Source
@@ -57,7 +58,7 @@ def build(sources: Sequence[Source], model: Path, config: BuildConfig, options: 
         scanner = Scanner(config, vae.digest, dtype, report)
         samples = scanner.scan(sources, store)
         encoder = SampleEncoder(model, options.device, dtype, config.encode.latents, config.text.chunks)
-        filler = Filler(store, config, scanner, report, encoder)
+        filler = Filler(store, config, scanner, report, encoder, PreviewKeeper(options.store, vae.digest))
         null_key = filler.encode_captions(samples, text)
         usable = filler.encode_pictures(samples, vae)
         report.quarantined.sort()

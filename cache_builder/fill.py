@@ -10,6 +10,7 @@ from cache_builder.config import BuildConfig
 from cache_builder.encode import Crop, Framed, SampleEncoder
 from cache_builder.keys import image_digest, text_facts_key, text_key
 from cache_builder.pixels import crop, decode, thumbnail
+from cache_builder.preview_fit import PreviewKeeper
 from cache_builder.report import BuildReport
 from cache_builder.scan import Sample, Scanner
 from cache_builder.split import Thumbnail
@@ -45,6 +46,7 @@ class Filler:
     scanner: Scanner
     report: BuildReport
     encoder: SampleEncoder
+    preview: PreviewKeeper
 
     def encode_captions(self, samples: Sequence[Sample], text: TextFacts) -> bytes:
         """Store the embeds of every caption that is not stored yet, and of the empty one; returns the latter's key."""
@@ -75,6 +77,7 @@ class Filler:
                 missing.setdefault(sample.latent_key, []).append(sample)
         self._check_space(sum(self._latent_bytes(group[0], vae) for group in missing.values()))
         lost = self._encode_missing(missing)
+        self.preview.keep()
         return [sample for sample in samples if sample.latent_key not in lost]
 
     def _encode_missing(self, missing: dict[bytes, list[Sample]]) -> set[bytes]:
@@ -101,6 +104,7 @@ class Filler:
             if latents is None:
                 lost.add(self._lose(group, "its latents are not finite"))
                 continue
+            self.preview.add(item.crop.pixels, *latents)
             records += [latents, _facts_record(group[0], item.thumbnail)]
             self.report.stored += 1
             self.report.reused += len(group) - 1  # the same picture in another data set shares the record

@@ -14,7 +14,7 @@ from cache_builder.report import BuildReport
 from cache_builder.sources import Found, Skipped, Source
 from cache_builder.split import Thumbnail
 from shared.errors import DataError, RecordCorrupt
-from shared.store import Snapshot, StoreWriter
+from shared.store import Snapshot, Store
 from shared.vae import EncodeDtype
 
 
@@ -51,7 +51,7 @@ class Scanner:
         self.limits = PixelLimits(images.max_pixels, images.max_bytes)
         self.buckets = make_buckets(images.resolution, images.step, images.max_aspect)
 
-    def scan(self, sources: Sequence[Source], store: StoreWriter) -> list[Sample]:
+    def scan(self, sources: Sequence[Source], store: Store) -> list[Sample]:
         """All samples of `sources`, in order; raises DataError where there is nothing to train on."""
         samples = [sample for source in sources for sample in self._scan_source(source, store)]
         self._require_captions()
@@ -59,7 +59,7 @@ class Scanner:
             raise DataError(_nothing_found(sources, self.report))
         return samples
 
-    def _scan_source(self, source: Source, store: StoreWriter) -> list[Sample]:
+    def _scan_source(self, source: Source, store: Store) -> list[Sample]:
         known: dict[bytes, Sample] = {}
         for item in source.scan():
             self.report.seen += 1
@@ -84,9 +84,7 @@ class Scanner:
         self.report.skipped["no caption"] += 1
         return None
 
-    def _add(
-        self, known: dict[bytes, Sample], dataset: str, item: Found, captions: list[str], store: StoreWriter
-    ) -> None:
+    def _add(self, known: dict[bytes, Sample], dataset: str, item: Found, captions: list[str], store: Store) -> None:
         data = item.read()
         digest = image_digest(data)
         if digest in known:  # the same bytes under another name: one sample with the captions of both
