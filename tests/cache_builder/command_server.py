@@ -1,6 +1,7 @@
-"""Runs cache-build and cache-store in forks of a process that has imported the heavy libraries, so that each run costs no start.
+"""Runs cache-build and cache-store in forks of a process that has imported the heavy libraries: no run costs a start.
 
-A line of JSON on stdin, one on stdout: {"command", "argv", "out", "err", "file_limit"} -> pid; {"wait": pid} -> exit code.
+A line of JSON on stdin, one on stdout: {"command", "argv", "out", "err", "file_limit"} -> pid;
+{"wait": pid} -> exit code.
 Nothing is computed here before a fork: threads of a library would not survive it.
 """
 

@@ -126,9 +126,8 @@ def test_a_manifest_that_somebody_trains_on_stays(store: Path) -> None:
 
 def test_never_under_a_build(store: Path) -> None:
     keys = keys_of(store)
-    with StoreWriter(store):
-        with pytest.raises(StoreLocked, match="is being written"):
-            collect_garbage(store, drop=[digests(store)[0]])
+    with StoreWriter(store), pytest.raises(StoreLocked, match="is being written"):
+        collect_garbage(store, drop=[digests(store)[0]])
     assert (keys_of(store), len(sealed_manifests(store))) == (keys, 2)
 
 

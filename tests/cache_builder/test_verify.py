@@ -1,4 +1,4 @@
-"""cache-store verify: what is wrong is found and named, what is sound is called sound, and a quarantine loses nothing."""
+"""cache-store verify: what is wrong is found and named, what is sound is left alone, a quarantine loses nothing."""
 
 import random
 import shutil
@@ -168,9 +168,8 @@ def test_a_quarantined_record_is_kept_aside_and_encoded_anew(
 def test_a_quarantine_needs_the_lease(store: Path) -> None:
     key = rows_of(store)[0].variants[0].latent_key
     put_instead(store, key, b"bad")
-    with StoreWriter(store):
-        with pytest.raises(StoreLocked):
-            verify_store(store, deep=True, quarantine=True)
+    with StoreWriter(store), pytest.raises(StoreLocked):
+        verify_store(store, deep=True, quarantine=True)
     assert raw(store, key) == b"bad"
     assert not (store / "quarantine").exists()
 
