@@ -58,8 +58,6 @@ def copy_store(path: Path, to: Path) -> CopyReport:
                     f"({len(verdict.faults)} faults); "
                     "cache-store verify --deep lists them, --quarantine sets bad records aside"
                 )
-            (building / "lock.mdb").unlink(missing_ok=True)  # the verification's; whoever opens the copy makes it anew
-            sync_folder(building)
             os.rename(building, to)
             sync_folder(to.parent)
         finally:

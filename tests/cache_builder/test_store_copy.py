@@ -96,7 +96,7 @@ def test_what_is_not_sound_is_not_copied(before: Path, tmp_path: Path) -> None:
     store = Path(shutil.copytree(before / "store", tmp_path / "store"))
     with StoreWriter(store) as writer:
         writer.put_many([(b"k" * 16, b"bad")])
-    with pytest.raises(StoreFormat, match="cannot be copied as a sound store: record 6b6b.*--quarantine"):
+    with pytest.raises(StoreFormat, match=r"cannot be copied as a sound store: record 6b6b.*--quarantine"):
         copy_store(store, tmp_path / "copy")
     assert names(tmp_path) == ["store"]
 
