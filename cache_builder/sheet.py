@@ -87,7 +87,7 @@ def _height(panel: Panel, box_px: int) -> int:
     if panel.pixels is None:
         return 6 * _line_px(SMALL_PX)
     h, w = panel.pixels.shape[:2]
-    return max(1, round(box_px * h / max(h, w)))
+    return max(1, round(box_px * int(h) / int(max(h, w))))
 
 
 def _fitted(pixels: Pixels, box_px: int) -> Image.Image:
