@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from shared import errors
-from shared.errors import ExpertsError, StoreFormat
+from shared.errors import ExpertsError, Stopped, StoreFormat
+
+_OF_DAMAGE = (signal.SIGBUS, signal.SIGSEGV, signal.SIGABRT)
 
 
 def in_child(store: Path, work: Callable[[], Any]) -> Any:
@@ -32,6 +34,8 @@ def in_child(store: Path, work: Callable[[], Any]) -> Any:
     with os.fdopen(read_end, "rb") as pipe:
         said = pipe.read()
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    if code < 0 and -code not in _OF_DAMAGE:
+        raise Stopped(f"reading {store} was ended by {signal.Signals(-code).name}; nothing was changed")
     if code < 0:
         raise StoreFormat(
             f"{store}/data.mdb is damaged: reading it ended in {signal.Signals(-code).name}; restore it from a copy, "

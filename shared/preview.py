@@ -48,7 +48,9 @@ def read_preview(store: Path, vae_digest: str) -> Preview | None:
             raise ValueError(f"weights {weights.shape}, bias {bias.shape}")
         return Preview(weights, bias, int(kept["pictures"]))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise StoreFormat(f"{store}/store.json: its preview cannot be read: {error!r}") from None
+        raise StoreFormat(
+            f"{store}/store.json: its preview cannot be read ({error!r}); take 'previews' out of it"
+        ) from None
 
 
 def write_preview(store: Path, vae_digest: str, preview: Preview) -> None:

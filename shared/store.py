@@ -33,6 +33,7 @@ from shared.errors import (
     StoreIO,
     StoreMissing,
 )
+from shared.file_system import refuse_network
 from shared.lease import Lease
 from shared.preflight import check_data_file
 from shared.record import Array, Record, decode_record
@@ -221,6 +222,7 @@ class StoreReader(_Environment):
     def __init__(self, path: Path) -> None:
         if not (path / "store.json").exists():
             raise StoreMissing(f"no store at {path}: make one with cache-build FOLDER --store {path} --model MODEL")
+        refuse_network(path)
         read_card(path)
         check_data_file(path / "data.mdb")
         super().__init__(path)
@@ -243,6 +245,7 @@ class StoreWriter(_Environment):
 
     def __init__(self, path: Path, *, wait: bool = False) -> None:
         """Raises StoreLocked while another process holds the lease, unless `wait`; StoreFormat for foreign folders."""
+        refuse_network(path)
         refuse_foreign_folder(path)
         path.mkdir(parents=True, exist_ok=True)
         super().__init__(path)

@@ -1,7 +1,9 @@
 """cache-store verify: what is wrong is found and named, what is sound is left alone, a quarantine loses nothing."""
 
+import os
 import random
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,9 +12,10 @@ import numpy as np
 import pytest
 
 import shared.record
+from cache_builder.in_child import in_child
 from cache_builder.report import BuildReport
 from cache_builder.verify import Verdict, verify_store
-from shared.errors import ManifestMismatch, StoreError, StoreFormat, StoreLocked, StoreMissing
+from shared.errors import ManifestMismatch, Stopped, StoreError, StoreFormat, StoreLocked, StoreMissing
 from shared.manifest import open_manifest
 from shared.record import encode_record
 from shared.store import StoreReader, StoreWriter
@@ -196,7 +199,7 @@ def test_where_there_is_no_store_none_is_made(tmp_path: Path) -> None:
 # --- damage to the files ---
 
 
-@pytest.mark.parametrize("count", [40, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [25, pytest.param(1000, marks=pytest.mark.slow)])
 def test_no_damage_is_silent_and_none_is_a_signal(store: Path, count: int) -> None:
     """Whatever happens to data.mdb, deep verification names it or every record is right; the process never dies."""
     data, source = store / "data.mdb", random.Random(5)
@@ -225,6 +228,12 @@ def all_records(store: Path) -> dict[bytes, bytes]:
         keys = [key for page in reader.sizes() for key, _ in page]
         with reader.snapshot() as snapshot:
             return {key: snapshot.raw(key) for key in keys}
+
+
+@pytest.mark.parametrize(("number", "kind"), [(signal.SIGBUS, StoreFormat), (signal.SIGKILL, Stopped)])
+def test_a_signal_is_told_in_a_line(store: Path, number: signal.Signals, kind: type[Exception]) -> None:
+    with pytest.raises(kind, match=number.name):
+        in_child(store, lambda: os.kill(os.getpid(), number))
 
 
 @pytest.mark.parametrize("count", [20, pytest.param(500, marks=pytest.mark.slow)])
