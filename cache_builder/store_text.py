@@ -51,7 +51,8 @@ def verdict_text(verdict: Verdict) -> str:
     if verdict.quarantined:
         lines.append(f"{verdict.quarantined} records moved to quarantine/; the same cache-build encodes them anew")
     elif verdict.faults:
-        lines.append("--quarantine moves bad records aside; the same cache-build encodes what is missing anew")
+        aside = "--quarantine moves bad records aside, and " if verdict.mode == "deep" else ""
+        lines.append(f"{aside}the same cache-build makes anew what is missing")
     lines.append("sound" if not verdict.faults else f"not sound: {len(verdict.faults)} faults")
     return "\n".join(lines)
 

@@ -279,7 +279,8 @@ def _keys(column: pa.Array) -> np.ndarray[Any, np.dtype[np.bytes_]]:
 def _absent(folder: Path, digest: str | None) -> str:
     store = folder.parent.parent
     if digest and folder.is_dir():
-        return f"manifest {folder.name!r} of digest {digest} is no longer in {store}"
+        way_out = f"a run that began with it goes on by --move-to-manifest {folder.name}"
+        return f"manifest {folder.name!r} of digest {digest} is no longer in {store}; {way_out}"
     known = list_manifests(store)
     return f"no manifest {folder.name!r} in {store}; " + (
         f"there are: {', '.join(known)}" if known else "a build that completes makes one (cache-build)"
