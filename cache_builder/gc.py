@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cache_builder.in_child import require_readable
 from cache_builder.named import Keys, as_keys, facts_keys, is_in, latent_keys, text_keys, union
 from shared.errors import ConfigError, StoreBusy
 from shared.manifest_shelf import Sealed, drop_manifest, find_sealed, sealed_manifests
@@ -51,6 +52,7 @@ def collect_garbage(
     with contextlib.closing(StoreReader(path)) as reader:  # never makes a store
         source: Store = reader if dry_run else StoreWriter(path)
         with contextlib.closing(source):
+            require_readable(source)
             going = [sealed for digest in dict.fromkeys(drop) for sealed in find_sealed(path, digest)]
             _require_said(going, even_current)
             staying = [sealed for sealed in sealed_manifests(path) if sealed not in going]

@@ -1,8 +1,10 @@
 """Work that reads a store of unknown health, in a child: LMDB follows page numbers before anybody can look at them.
 
-A damaged tree may lead it past the end of the file, which is a bus error there and one line here.
+A damaged tree may lead it past the end of the file or trip one of its assertions: a bus error or an abort in the child,
+and one line here.
 """
 
+import faulthandler
 import json
 import os
 import signal
@@ -15,6 +17,7 @@ from typing import Any
 
 from shared import errors
 from shared.errors import ExpertsError, Stopped, StoreFormat
+from shared.store import Store
 
 _OF_DAMAGE = (signal.SIGBUS, signal.SIGSEGV, signal.SIGABRT)
 
@@ -49,9 +52,16 @@ def in_child(store: Path, work: Callable[[], Any]) -> Any:
     return answer["result"]
 
 
+def require_readable(source: Store) -> None:
+    """List every key of a store in a child first; raises StoreFormat where that cannot be done."""
+    source.close_environment()
+    in_child(source.path, lambda: sum(len(page) for page in source.sizes()))
+
+
 def _be_child(work: Callable[[], Any], write_end: int) -> None:
     code = 1
     try:
+        _mute_c()
         try:
             answer = {"result": work()}
         except ExpertsError as error:
@@ -68,3 +78,10 @@ def _be_child(work: Callable[[], Any], write_end: int) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+def _mute_c() -> None:
+    """Keep what C prints when it dies off stderr, and let Python's own lines (progress) through."""
+    faulthandler.disable()
+    sys.stderr = os.fdopen(os.dup(2), "w", buffering=1, errors="backslashreplace")
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)

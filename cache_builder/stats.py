@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from cache_builder.in_child import require_readable
 from cache_builder.keys import text_facts_key
 from cache_builder.named import Keys, as_keys, each, facts_keys, is_in, latent_keys, text_keys, union
 from shared.conditioning import TEXT_LENGTH
@@ -85,6 +86,7 @@ class StoreStats:
 def store_stats(path: Path) -> StoreStats:
     """Count what is there; raises StoreMissing, StoreFormat or ManifestMismatch where that cannot be told."""
     with contextlib.closing(StoreReader(path)) as reader:
+        require_readable(reader)
         stats = StoreStats(str(path), (path / "data.mdb").stat().st_size, reader.used_bytes())
         stats.previews = sorted(read_card(path).get("previews", {}))
         stats.quarantined = len(list((path / "quarantine").glob("*.record")))

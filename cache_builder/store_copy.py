@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from cache_builder.in_child import in_child
 from cache_builder.verify import verify_store
 from shared.atomic import sync_folder, write_atomically
 from shared.errors import ConfigError, StoreFormat, StoreFull
@@ -85,4 +86,5 @@ def _fill(reader: StoreReader, building: Path) -> None:
         write_atomically(folder / f"{sealed.digest}.json", seal)
         if sealed.is_current:
             write_atomically(folder / "current.json", seal)
-    reader.copy_to(building)
+    reader.close_environment()
+    in_child(reader.path, lambda: reader.copy_to(building))

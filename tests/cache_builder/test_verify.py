@@ -12,8 +12,11 @@ import numpy as np
 import pytest
 
 import shared.record
+from cache_builder.gc import collect_garbage
 from cache_builder.in_child import in_child
 from cache_builder.report import BuildReport
+from cache_builder.stats import store_stats
+from cache_builder.store_copy import copy_store
 from cache_builder.verify import Verdict, verify_store
 from shared.errors import Stopped, StoreError, StoreFormat, StoreLocked, StoreMissing
 from shared.manifest import open_manifest
@@ -228,6 +231,26 @@ def all_records(store: Path) -> dict[bytes, bytes]:
         keys = [key for page in reader.sizes() for key, _ in page]
         with reader.snapshot() as snapshot:
             return {key: snapshot.raw(key) for key in keys}
+
+
+def test_no_command_dies_of_a_damaged_tree(store: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """LMDB aborts on a zeroed page of its tree: each command that walks it says so in a line."""
+    data = store / "data.mdb"
+    whole = data.read_bytes()
+    pages = [whole[at : at + 4096] for at in range(0, len(whole), 4096)]
+    is_leaf = [number > 1 and page[10:12] == b"\2\0" for number, page in enumerate(pages)]
+    data.write_bytes(b"".join(bytes(4096) if leaf else page for leaf, page in zip(is_leaf, pages, strict=True)))
+    for command in (
+        lambda: verify_store(store),
+        lambda: verify_store(store, deep=True, quarantine=True),
+        lambda: collect_garbage(store),
+        lambda: store_stats(store),
+        lambda: copy_store(store, tmp_path / "copy"),
+    ):
+        with pytest.raises(StoreError, match=r"data\.mdb is damaged|not an LMDB store"):
+            command()
+    assert capfd.readouterr().err == ""
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["store"]
 
 
 @pytest.mark.parametrize(("number", "kind"), [(signal.SIGBUS, StoreFormat), (signal.SIGKILL, Stopped)])
