@@ -15,6 +15,7 @@ from cache_builder.encode import SampleEncoder
 from cache_builder.fill import Filler
 from cache_builder.keys import sample_id, text_key
 from cache_builder.meta import meta_row, meta_types
+from cache_builder.preview_fit import PreviewKeeper
 from cache_builder.report import BuildReport
 from cache_builder.scan import Sample, Scanner
 from cache_builder.sources import Source
@@ -61,7 +62,7 @@ def build(sources: Sequence[Source], model: Path, config: BuildConfig, options: 
         samples = scanner.scan(sources, store)
         meta = meta_types(samples)
         encoder = SampleEncoder(model, options.device, dtype, config.encode.latents, config.text.chunks)
-        filler = Filler(store, config, report, encoder)
+        filler = Filler(store, config, report, encoder, PreviewKeeper(options.store, vae.digest))
         null_key = filler.encode_captions(samples, text, options.prompts)
         usable = filler.encode_pictures(samples, vae)
         report.quarantined.sort()

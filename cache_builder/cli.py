@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from shared.command import not_yet, run_command, yield_idle_threads
+from shared.command import run_command, yield_idle_threads
 
 Folder = Annotated[
     Path | None,
@@ -70,7 +70,10 @@ def cache_build() -> None:
 
 def cache_store() -> None:
     """Console script `cache-store`."""
-    not_yet("cache-store", "docs/formats.md describes the store for your own readers")
+    from cache_builder.store_cli import COMMANDS
+
+    yield_idle_threads()
+    run_command(COMMANDS, about="Look after a store: verify, stats, diff, gc, show, copy.")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from cache_builder.config import BuildConfig
 from cache_builder.encode import Crop, Framed, SampleEncoder
 from cache_builder.keys import image_digest, text_facts_key, text_key
 from cache_builder.pixels import crop, decode, thumbnail
+from cache_builder.preview_fit import PreviewKeeper
 from cache_builder.report import BuildReport
 from cache_builder.scan import PlannedCrop, Sample
 from cache_builder.split import Thumbnail
@@ -57,6 +58,7 @@ class Filler:
     config: BuildConfig
     report: BuildReport
     encoder: SampleEncoder
+    preview: PreviewKeeper
 
     def encode_captions(self, samples: Sequence[Sample], text: TextFacts, prompts: Sequence[str] = ()) -> bytes:
         """Store the embeds of every caption and prompt that is not stored yet, and of the empty one; its key."""
@@ -88,6 +90,7 @@ class Filler:
         sizes = {crop.latent_key: self._latent_bytes(crop, vae) for picture in pictures for crop in picture.crops}
         self._check_space(sum(sizes.values()))
         lost = self._encode_missing(pictures)
+        self.preview.keep()
         return self._account(samples, {key for key in sizes if key not in lost}, lost)
 
     def _account(self, samples: Sequence[Sample], encoded: set[bytes], lost: dict[bytes, str]) -> list[Sample]:
@@ -132,6 +135,7 @@ class Filler:
             if latents is None:
                 lost[item.crop.key] = "its latents are not finite"
                 continue
+            self.preview.add(item.crop.pixels, *latents)
             records |= [latents, _facts_record(picture.samples[0], item.thumbnail)]
             for sample in picture.samples:
                 sample.thumbnail = item.thumbnail

@@ -17,7 +17,7 @@ from cache_builder.sources import Found, MetaValue, Skipped, Source
 from cache_builder.split import Thumbnail
 from cache_builder.texts import filter_captions, says_a_side, write_texts
 from shared.errors import DataError, RecordCorrupt
-from shared.store import Snapshot, StoreWriter
+from shared.store import Snapshot, Store
 from shared.vae import EncodeDtype
 
 
@@ -65,7 +65,7 @@ class Scanner:
         self.limits = PixelLimits(images.max_pixels, images.max_bytes)
         self.buckets = _buckets(images)
 
-    def scan(self, sources: Sequence[Source], store: StoreWriter) -> list[Sample]:
+    def scan(self, sources: Sequence[Source], store: Store) -> list[Sample]:
         """All samples of `sources`, in order; raises DataError where there is nothing to train on."""
         samples: list[Sample] = []
         nothing: list[str] = []
@@ -80,7 +80,7 @@ class Scanner:
             raise DataError(nothing[0])
         return samples
 
-    def _scan_source(self, source: Source, store: StoreWriter) -> list[Sample]:
+    def _scan_source(self, source: Source, store: Store) -> list[Sample]:
         known: dict[bytes, Sample] = {}
         for item in source.scan():
             self.report.seen += 1
@@ -114,7 +114,7 @@ class Scanner:
         return None
 
     def _add(
-        self, known: dict[bytes, Sample], dataset: str, item: Found, captions: tuple[str, ...], store: StoreWriter
+        self, known: dict[bytes, Sample], dataset: str, item: Found, captions: tuple[str, ...], store: Store
     ) -> None:
         data = item.read()
         digest = image_digest(data)

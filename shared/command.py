@@ -6,7 +6,7 @@
 import functools
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 import typer
@@ -17,10 +17,19 @@ from shared.errors import ConfigError, ExpertsError, Stopped, StoreFull, StoreIO
 _UsageError: Any = typer.BadParameter.__mro__[1]
 
 
-def run_command(function: Callable[..., Any], arguments: list[str] | None = None) -> NoReturn:
-    """Run `function` as a command line and end the process with its exit code."""
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command()(_interruptible(function))
+def run_command(
+    function: Callable[..., Any] | Mapping[str, Callable[..., Any]], arguments: list[str] | None = None, about: str = ""
+) -> NoReturn:
+    """Run `function` as a command line and end the process with its exit code: what it returns, or 0.
+
+    Several functions are subcommands by their names; `about` is then what the whole is for.
+    """
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=about or None)
+    if isinstance(function, Mapping):
+        for name, each in function.items():
+            app.command(name)(_interruptible(each))
+    else:
+        app.command()(_interruptible(function))
     try:
         code = app(arguments, standalone_mode=False)
     except _UsageError as error:

@@ -11,6 +11,7 @@ ExpertsError
 |   +-- StoreIO            74  the disk failed
 |   +-- StoreBusy          75  cannot be shared as things stand; try again
 |   +-- RecordCorrupt      65  one record does not hold what its key names
+|   |   +-- RecordNewer    65  one record that a newer version of this program wrote
 |   +-- ManifestMismatch   65  a manifest that is not there, or not the one a run began with
 +-- CheckpointError        65  an expert on disk is damaged or incomplete
 +-- ContractError          65  two experts, or an expert and a model, that cannot work together
@@ -80,6 +81,10 @@ class RecordCorrupt(StoreError):
     """One record is absent or does not hold what its key names."""
 
     exit_code = 65
+
+
+class RecordNewer(RecordCorrupt):
+    """One record is whole, and of a frame version that this program does not know."""
 
 
 class ManifestMismatch(StoreError):

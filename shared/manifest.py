@@ -4,16 +4,20 @@
     STORE/manifests/NAME/<digest>.json     its seal: rows, bytes and xxh3-128 of the .arrow file
     STORE/manifests/NAME/current.json      a copy of the newest seal; replaced last
 
+Whoever has one open holds a shared flock on its .arrow file: nobody drops it meanwhile (shared/manifest_shelf.py).
+
 Rows are sorted by (dataset, bucket, sample id). The digest covers the schema version, the settings and the rows in that
 order: keys name inputs, so no digest depends on the bytes of a record. The doors to Arrow's files are this one and
 shared/manifest_rows.py.
 """
 
+import fcntl
 import hashlib
 import json
 import os
 import re
 import time
+import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,6 +61,26 @@ class Manifest:
         self.digest: str = card["digest"]
         self.settings = ManifestSettings.model_validate(card["settings"])
         self._table = table
+
+    def latent_keys(self) -> np.ndarray[Any, np.dtype[np.bytes_]]:
+        """Keys of the latents of every variant of every row, in order, S16 (numpy cuts trailing zeros)."""
+        return _keys(self._table.column("variants").flatten().field("latent_key"))
+
+    def text_keys(self) -> np.ndarray[Any, np.dtype[np.bytes_]]:
+        """Keys of the texts of every row, in order, S16; the empty prompt's is in the settings."""
+        return _keys(self._table.column("texts").flatten())
+
+    def rows_naming(self, keys: Sequence[bytes]) -> list[int]:
+        """Indices of the rows that name any of the record `keys`."""
+        wanted, rows = np.array(list(keys), "S16"), set[int]()
+        for name, named in (("variants", self.latent_keys()), ("texts", self.text_keys())):
+            ends = self._table.column(name).offsets.to_numpy()[1:]
+            rows.update(np.searchsorted(ends, np.flatnonzero(np.isin(named, wanted)), side="right").tolist())
+        return sorted(rows)
+
+    def image_digests(self) -> list[bytes]:
+        """Digest of each row's picture."""
+        return list(self._table.column("image_digest").to_pylist())
 
     def __len__(self) -> int:
         return int(self._table.num_rows)
@@ -113,10 +137,16 @@ def open_manifest(store: Path, name: str, digest: str | None = None) -> Manifest
     seal = _read_seal(folder, digest)
     path = folder / f"{seal['digest']}.arrow"
     try:
-        with pa.memory_map(str(path)) as mapped:
-            _check_bytes(path, mapped.read_buffer(), seal)
-            batch = pa.ipc.open_file(mapped).get_batch(0)
-        manifest = Manifest(name, path, batch)
+        hold = _hold(path)
+        try:
+            with pa.memory_map(str(path)) as mapped:
+                _check_bytes(path, mapped.read_buffer(), seal)
+                batch = pa.ipc.open_file(mapped).get_batch(0)
+            manifest = Manifest(name, path, batch)
+        except BaseException:
+            os.close(hold)
+            raise
+        weakref.finalize(manifest, os.close, hold)
     except (OSError, pa.ArrowException, ValidationError, KeyError, ValueError, TypeError) as error:
         raise _ManifestAbsent(f"manifest {path} is damaged: {str(error).splitlines()[0]}; build it again") from None
     if manifest.digest != seal["digest"]:
@@ -227,10 +257,31 @@ def _read_seal(folder: Path, digest: str | None) -> dict[str, Any]:
     return dict(seal)
 
 
+def _hold(path: Path) -> int:
+    """A descriptor with a shared lock, which keeps the manifest from being dropped as long as it is open."""
+    hold = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(hold, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(hold)
+        raise _ManifestAbsent(f"manifest {path} is being dropped") from None
+    except OSError:
+        pass  # a file system without locks: reading goes before protection
+    return hold
+
+
+def _keys(column: pa.Array) -> np.ndarray[Any, np.dtype[np.bytes_]]:
+    """A binary(16) column without a copy, as what numpy sorts."""
+    data = column.buffers()[1]
+    first = 16 * column.offset
+    return np.frombuffer(data, "S16", len(column), first) if len(column) else np.zeros(0, "S16")
+
+
 def _absent(folder: Path, digest: str | None) -> str:
     store = folder.parent.parent
     if digest and folder.is_dir():
-        return f"manifest {folder.name!r} of digest {digest} is no longer in {store}"
+        way_out = f"a run that began with it goes on by --move-to-manifest {folder.name}"
+        return f"manifest {folder.name!r} of digest {digest} is no longer in {store}; {way_out}"
     known = list_manifests(store)
     return f"no manifest {folder.name!r} in {store}; " + (
         f"there are: {', '.join(known)}" if known else "a build that completes makes one (cache-build)"

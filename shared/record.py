@@ -23,7 +23,7 @@ import msgpack
 import numpy as np
 import xxhash
 
-from shared.errors import RecordCorrupt
+from shared.errors import RecordCorrupt, RecordNewer
 
 MAGIC = b"SXRC"
 FRAME_VERSION = 1
@@ -89,7 +89,8 @@ def _verify_frame(key: bytes, view: memoryview) -> tuple[int, int]:
     if checksum.digest() != view[_PREFIX.size : _HEADER_AT]:
         raise _corrupt(key, "damaged (checksum)")
     if version != FRAME_VERSION:
-        raise _corrupt(key, f"of frame version {version}; this program reads version {FRAME_VERSION}: update it")
+        reads = f"this program reads version {FRAME_VERSION}: update it"
+        raise RecordNewer(f"record {key.hex()} is of frame version {version}; {reads}")
     if stored_key != key:
         raise _corrupt(key, f"the record of another key, {stored_key.hex()}")
     return header_length, payload_length

@@ -1,7 +1,7 @@
 """The only module that opens LMDB: one leased writer, many readers, records copied out before a transaction ends.
 
     STORE/data.mdb, lock.mdb    LMDB 0.9 format, one database: content key (16 bytes) -> framed record
-    STORE/store.json            format version of all this
+    STORE/store.json            format version of all this (shared/store_card.py)
     STORE/writer.lock           flock held by the writer; says who
     STORE/manifests/            sealed views of the store (shared/manifest.py)
 
@@ -10,7 +10,7 @@ A live store is append-only, commits are synchronous, and "stored" is said only 
 
 import contextlib
 import errno
-import json
+import itertools
 import os
 import resource
 import shutil
@@ -23,7 +23,7 @@ from typing import Any
 import lmdb
 import numpy as np
 
-from shared.atomic import write_atomically
+from shared.atomic import sync_file, sync_folder
 from shared.errors import (
     RecordCorrupt,
     StoreBusy,
@@ -33,16 +33,17 @@ from shared.errors import (
     StoreIO,
     StoreMissing,
 )
+from shared.file_system import refuse_network
 from shared.lease import Lease
 from shared.preflight import check_data_file
 from shared.record import Array, Record, decode_record
+from shared.store_card import read_card, refuse_foreign_folder, write_card
 
-STORE_FORMAT = 1
 MAP_SIZE_BYTES = 16 << 40  # address space, not memory or disk; the same for every process
 MIN_MAP_SIZE_BYTES = 64 << 20
 MAX_READERS = 1024
 FREE_MARGIN_BYTES = 16 << 20
-_OWN_NAMES = {"data.mdb", "lock.mdb", "store.json", "writer.lock", "manifests", "quarantine"}
+KEYS_IN_A_PAGE = 4096  # listed in one transaction
 
 
 class Snapshot:
@@ -79,6 +80,19 @@ class Snapshot:
             np.copyto(target.reshape(-1).view(np.uint8), source.reshape(-1).view(np.uint8))
         return record.meta
 
+    def raw(self, key: bytes) -> bytes:
+        """A copy of the bytes under `key`, unverified: what a quarantine keeps; raises RecordCorrupt where absent."""
+        return bytes(self._view(key))
+
+    def sizes_after(self, key: bytes | None, count: int) -> list[tuple[bytes, int]]:
+        """The first `count` keys in order that come after `key`, or of all, with the bytes of their records."""
+        with self._transaction.cursor() as cursor:
+            found = cursor.first() if key is None else cursor.set_range(key)
+            if found and cursor.key() == key:
+                found = cursor.next()
+            items = cursor.iternext(keys=True, values=True) if found else ()
+            return [(bytes(each), len(view)) for each, view in itertools.islice(items, count)]
+
     def end(self) -> None:
         """End the transaction and let go of it: one kept alive keeps a reader's slot, which a fork would share."""
         self._transaction.abort()
@@ -111,6 +125,47 @@ class _Environment:
                 yield snapshot
             finally:
                 snapshot.end()
+
+    def sizes(self) -> Iterator[list[tuple[bytes, int]]]:
+        """Every key, in order, with the bytes of its record: a page of them in each short transaction."""
+        last: bytes | None = None
+        while True:
+            with self.snapshot() as snapshot:
+                page = snapshot.sizes_after(last, KEYS_IN_A_PAGE)
+            if not page:
+                return
+            yield page
+            last = page[-1][0]
+
+    def count(self) -> int:
+        """Number of records."""
+        with _translated(self.path):
+            return int(self._opened().stat()["entries"])
+
+    def readers(self) -> list[int]:
+        """Pids of the processes that are in a read transaction just now; those of the dead are cleared first."""
+        with _translated(self.path):
+            env = self._opened()
+            env.reader_check()
+            table = [line.split() for line in env.readers().splitlines()]
+        return sorted({int(row[0]) for row in table if len(row) == 3 and row[0].isdigit() and row[2] != "-"})
+
+    def used_bytes(self) -> int:
+        """Bytes of data.mdb that hold something: the rest is free pages, which the next records fill."""
+        with _translated(self.path):
+            env = self._opened()
+            stat = env.stat()
+        return int(stat["psize"] * (stat["branch_pages"] + stat["leaf_pages"] + stat["overflow_pages"] + 2))
+
+    def copy_to(self, folder: Path) -> None:
+        """Write a compact copy of data.mdb, as of one moment, durably into `folder`, which has none.
+
+        The one transaction that may last: it takes no page from a store that only grows.
+        """
+        with _translated(folder):
+            self._opened().copy(str(folder), compact=True)
+        sync_file(folder / "data.mdb")
+        sync_folder(folder)
 
     def close_environment(self) -> None:
         """Close LMDB in this process; the next use opens it again."""
@@ -167,7 +222,8 @@ class StoreReader(_Environment):
     def __init__(self, path: Path) -> None:
         if not (path / "store.json").exists():
             raise StoreMissing(f"no store at {path}: make one with cache-build FOLDER --store {path} --model MODEL")
-        _check_format(path)
+        refuse_network(path)
+        read_card(path)
         check_data_file(path / "data.mdb")
         super().__init__(path)
 
@@ -189,7 +245,8 @@ class StoreWriter(_Environment):
 
     def __init__(self, path: Path, *, wait: bool = False) -> None:
         """Raises StoreLocked while another process holds the lease, unless `wait`; StoreFormat for foreign folders."""
-        _refuse_foreign_folder(path)
+        refuse_network(path)
+        refuse_foreign_folder(path)
         path.mkdir(parents=True, exist_ok=True)
         super().__init__(path)
         self._lease = Lease(path / "writer.lock", f"store {path} is being written", "wait for it (--wait)", wait=wait)
@@ -240,7 +297,7 @@ class StoreWriter(_Environment):
     def _prepare(self) -> None:
         data, card = self.path / "data.mdb", self.path / "store.json"
         if card.exists():
-            _check_format(self.path)
+            read_card(self.path)
         elif data.exists() and data.stat().st_size < 8192:
             data.unlink()  # killed while LMDB made the file: there is nothing in it
         if data.exists():
@@ -248,7 +305,7 @@ class StoreWriter(_Environment):
         with _translated(self.path):
             self._opened()
         if not card.exists():
-            write_atomically(card, json.dumps({"format": STORE_FORMAT, "engine": "lmdb 0.9"}).encode() + b"\n")
+            write_card(self.path)
 
     def _check_space(self, needed_bytes: int) -> None:
         free = free_bytes(self.path)
@@ -280,6 +337,9 @@ class StoreWriter(_Environment):
                 env.set_mapsize(env.info()["map_size"] * 2)
             except lmdb.MemoryError:
                 raise StoreFull(f"{self.path}: no address space to grow the map (ulimit -v?)") from None
+
+
+Store = StoreReader | StoreWriter
 
 
 class _translated(contextlib.AbstractContextManager[None]):
@@ -323,21 +383,3 @@ def _is_out_of_room(path: Path) -> bool:
     if limit != resource.RLIM_INFINITY:
         room = min(room, limit - (path / "data.mdb").stat().st_size)
     return room < FREE_MARGIN_BYTES
-
-
-def _check_format(path: Path) -> None:
-    try:
-        version = json.loads((path / "store.json").read_text())["format"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise StoreFormat(f"{path}/store.json cannot be read: {error}") from None
-    if version != STORE_FORMAT:
-        raise StoreFormat(f"{path} is of store format {version}; this program reads {STORE_FORMAT}: update it")
-
-
-def _refuse_foreign_folder(path: Path) -> None:
-    if path.exists() and not path.is_dir():
-        raise StoreFormat(f"{path} is a file, not a store")
-    foreign = sorted(set(os.listdir(path)) - _OWN_NAMES) if path.exists() else []
-    foreign = [name for name in foreign if not name.startswith(".store.json.")]  # left by a kill while it was written
-    if foreign and not (path / "store.json").exists():
-        raise StoreFormat(f"{path} is not a store and not empty (it holds {foreign[0]!r}): name a new folder")

@@ -113,7 +113,9 @@ class BatchReader:
         following = int(rows[(int(rows.searchsorted(row)) + 1) % len(rows)])
         if following == micro.rows[index]:
             h, w = micro.bucket_hw
-            raise DataError(f"every sample of bucket {h} x {w} is corrupt; build the store again")
+            raise DataError(
+                f"every sample of bucket {h} x {w} is corrupt; mend the store: cache-store verify --quarantine"
+            )
         return following
 
     def _note(self, error: "_CorruptSample", row: int) -> None:
@@ -124,7 +126,7 @@ class BatchReader:
         if len(self._corrupt) > max(1.0, MAX_CORRUPT_SHARE * len(self._manifest)):
             raise DataError(
                 f"{len(self._corrupt)} samples of manifest {self._manifest.name!r} are corrupt, last {error.path}: "
-                f"{error.reason}; run the build again with a new --store, then start from there"
+                f"{error.reason}; cache-store verify --quarantine and the same cache-build mend the store"
             )
 
 

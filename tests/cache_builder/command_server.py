@@ -1,6 +1,7 @@
-"""Runs cache-build in forks of a process that has imported the heavy libraries, so that each run costs no start.
+"""Runs cache-build and cache-store in forks of a process that has imported the heavy libraries: no run costs a start.
 
-A line of JSON on stdin, one on stdout: {"argv", "out", "err", "file_limit"} -> pid; {"wait": pid} -> exit code.
+A line of JSON on stdin, one on stdout: {"command", "argv", "out", "err", "file_limit"} -> pid;
+{"wait": pid} -> exit code.
 Nothing is computed here before a fork: threads of a library would not survive it.
 """
 
@@ -46,9 +47,9 @@ def _start(job: dict[str, Any]) -> int:
     code = 1
     try:
         _become(job)
-        from cache_builder.cli import cache_build
+        from cache_builder import cli
 
-        cache_build()
+        getattr(cli, job["command"])()
     except SystemExit as leaving:
         code = leaving.code if isinstance(leaving.code, int) else 0
     except BaseException:  # noqa: BLE001
@@ -66,7 +67,7 @@ def _become(job: dict[str, Any]) -> None:
         (2, job["err"], os.O_WRONLY | os.O_CREAT),
     ):
         os.dup2(os.open(path, flags, 0o644), descriptor)
-    sys.argv = ["cache-build", *job["argv"]]
+    sys.argv = [job["command"].replace("_", "-"), *job["argv"]]
     if job["file_limit"]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (job["file_limit"], resource.RLIM_INFINITY))
 

@@ -74,17 +74,21 @@ class Commands:
         )
         self._folder, self._count = folder, 0
 
-    def start(self, *arguments: str | Path, file_limit: int = 0) -> Running:
+    def start(self, *arguments: str | Path, file_limit: int = 0, command: str = "cache_build") -> Running:
         """Start `cache-build ARGUMENTS`; `file_limit` is the longest file it may write, bytes."""
         self._count += 1
         out, err = (self._folder / f"{self._count}.{name}" for name in ("out", "err"))
         argv = [os.fspath(argument) for argument in arguments]
-        pid = self._ask({"argv": argv, "out": str(out), "err": str(err), "file_limit": file_limit})
+        pid = self._ask({"argv": argv, "out": str(out), "err": str(err), "file_limit": file_limit, "command": command})
         return Running(pid, out, err, lambda: self._ask({"wait": pid}))
 
     def run(self, *arguments: str | Path, file_limit: int = 0) -> Finished:
         """Run `cache-build ARGUMENTS` to its end."""
         return self.start(*arguments, file_limit=file_limit).finish()
+
+    def store(self, *arguments: str | Path) -> Finished:
+        """Run `cache-store ARGUMENTS` to its end."""
+        return self.start(*arguments, command="cache_store").finish()
 
     def build(self, folder: Path, store: Path, model: Path, *more: str, file_limit: int = 0) -> Finished:
         """Run it as `build_folders` does, with a JSON report."""

@@ -1,6 +1,7 @@
 """The frame of every command: one line on stderr, the documented exit code, no traceback."""
 
 import errno
+import sys
 from pathlib import Path
 
 import pytest
@@ -69,3 +70,27 @@ def test_what_is_not_built_says_so(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_one_line_keeps_letters_and_escapes_the_rest() -> None:
     assert one_line("Käse 猫 \u202eevil\r\n\t\x00") == "Käse 猫 \\u202eevil\\r\\n\\t\\x00"
+
+
+def test_several_functions_are_subcommands(capsys: pytest.CaptureFixture[str]) -> None:
+    def seven() -> int:
+        return 7
+
+    def nothing(number: int) -> None:
+        sys.stdout.write(f"{number}\n")
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as ended:
+            run_command({"seven": seven, "nothing": nothing}, list(arguments), about="What it is for.")
+        out, err = capsys.readouterr()
+        assert isinstance(ended.value.code, int)
+        return ended.value.code, out, err
+
+    assert run("seven") == (7, "", "")
+    assert run("nothing", "3") == (0, "3\n", "")
+    for wrong in ((), ("eight",), ("nothing",), ("nothing", "x"), ("seven", "--eight")):
+        code, out, err = run(*wrong)
+        assert (code, out, err.count("\n")) == (64, "", 1)
+        assert err.startswith("error: ")
+    code, out, _ = run("--help")
+    assert (code, "What it is for." in out, "nothing" in out) == (0, True, True)

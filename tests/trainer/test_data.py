@@ -15,7 +15,8 @@ from shared.contract import NullPrompt
 from shared.errors import DataError
 from shared.manifest import Manifest, open_manifest
 from shared.manifest_rows import ManifestRow
-from shared.store import StoreReader
+from shared.record import encode_record
+from shared.store import StoreReader, StoreWriter
 from trainer.batch import Batch
 from trainer.data import BatchReader, prefetch
 from trainer.loop import train_expert
@@ -77,6 +78,30 @@ def test_a_sample_is_its_record_and_its_sizes(world: Any) -> None:
             assert batch.time_ids[i].tolist() == [*row.original_hw, *variant.crop_top_left, *variant.target_hw]
     assert batch.time_ids.dtype == torch.float32
     assert batch.places == [(2, 6), (2, 7), (2, 8)]
+
+
+def test_tensors_that_the_trainer_does_not_know_are_passed_over(world: Any, tmp_path: Path) -> None:
+    """A record may carry a `mask`, which is reserved, or what later versions add."""
+    other = world.copy(tmp_path / "store")
+    manifest = open_manifest(other.store, "main")
+    bucket = manifest.buckets("train")[0]
+    micro = MicroBatch(bucket.hw, tuple(int(row) for row in bucket.rows[:2]), 0, 0)
+    with StoreReader(other.store) as store:
+        plain = reader_of(store, manifest).read(micro)
+    with StoreWriter(other.store) as writer:
+        for row in manifest.rows(micro.rows):
+            key = row.variants[0].latent_key
+            with writer.snapshot() as snapshot:
+                tensors = dict(snapshot.read(key).tensors)
+            mask = np.ones(tensors["mean"].shape[1:], np.uint8)
+            writer.delete_many([key])
+            writer.put_many([(key, encode_record(key, "latents", {"mask": mask, **tensors, "later": mask}, {}))])
+    with StoreReader(other.store) as store:
+        masked = reader_of(store, manifest).read(micro)
+    assert masked.moments.logvar is not None
+    assert plain.moments.logvar is not None
+    assert torch.equal(masked.moments.mean, plain.moments.mean)
+    assert torch.equal(masked.moments.logvar, plain.moments.logvar)
 
 
 @pytest.mark.parametrize("null", ["zeros", "encoded"])

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from shared.errors import CheckpointError, ConfigError, ContractError, DataError, ManifestMismatch
+from cache_builder.gc import collect_garbage
+from shared.errors import CheckpointError, ConfigError, ContractError, DataError, ManifestMismatch, StoreLocked
 from shared.manifest import open_manifest
 from tests.pictures import write_shapes
 from trainer.checkpoint import newest_checkpoint
@@ -35,6 +36,24 @@ def test_a_complete_run_says_so_and_does_nothing(
     assert f"{run} is complete: 2 steps" in capfd.readouterr().err
     assert (run / "checkpoints" / "latest.json").stat().st_mtime_ns == before
     assert len(events(run, "step")) == 2
+
+
+def test_the_manifest_of_a_run_cannot_be_dropped_under_it(world: Any, tmp_path: Path) -> None:
+    """While it trains; later it can, and the run says how to go on."""
+    own = world.copy(tmp_path / "store")
+    old = open_manifest(own.store, "main").digest
+    request = small(own, tmp_path / "run")
+    run = open_run(request)
+    own.build(pictures=write_shapes(tmp_path / "more", 12, seed=7), allow_shrink=True)
+    with pytest.raises(StoreLocked, match="a run that trains on it"):
+        collect_garbage(own.store, drop=[old])
+    assert collect_garbage(own.store).records == 0
+    assert run.manifest.rows([0])
+    run.close()
+    del run
+    assert collect_garbage(own.store, drop=[old]).records > 0
+    with pytest.raises(ManifestMismatch, match="--move-to-manifest"):
+        open_run(request)
 
 
 @pytest.mark.parametrize(

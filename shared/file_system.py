@@ -1,0 +1,71 @@
+"""Which file system a store would lie on: LMDB's shared map and locks are not safe over a network.
+
+A store on one is refused before LMDB opens it. The root file system is taken as it is: in containers and sandboxes it
+is often a fuse or 9p one that only they see.
+"""
+
+import os
+from pathlib import Path
+
+from shared.errors import ConfigError
+
+FORCE = "SDXL_EXPERTS_NETWORK_STORE"
+_MOUNTS = Path("/proc/self/mountinfo")
+_NETWORK = {
+    "nfs",
+    "nfs4",
+    "cifs",
+    "smb3",
+    "smbfs",
+    "9p",
+    "fuse",
+    "lustre",
+    "ceph",
+    "glusterfs",
+    "afs",
+    "beegfs",
+    "gpfs",
+}
+_LOCAL_FUSE = {"fuse.fuse-overlayfs", "fuse.overlayfs"}
+
+
+def refuse_network(path: Path) -> None:
+    """Raise ConfigError where `path` lies on a network file system, unless the environment has FORCE=1."""
+    kind = network_kind(path)
+    if kind and os.environ.get(FORCE) != "1":
+        raise ConfigError(
+            f"{path} lies on {kind}, a network file system, where LMDB's map and locks are not safe: name a store on a "
+            f"local disk. {FORCE}=1 opens it all the same; then let one machine alone use it"
+        )
+
+
+def network_kind(path: Path) -> str:
+    """Type of the network file system that holds `path`, or would; "" where it is local or cannot be told."""
+    where, best, kind = os.path.realpath(path), "", ""
+    for mount_point, file_system in _mounts():
+        inside = where == mount_point or where.startswith(mount_point.rstrip("/") + "/")
+        if inside and len(mount_point) >= len(best):  # of two on one point the later one covers the earlier
+            best, kind = mount_point, file_system
+    is_network = kind not in _LOCAL_FUSE and kind.partition(".")[0] in _NETWORK
+    return kind if is_network and best != "/" else ""
+
+
+def _mounts() -> list[tuple[str, str]]:
+    """(mount point, type) of everything that is mounted, in order; () where the system has no such table."""
+    try:
+        lines = os.fsdecode(_MOUNTS.read_bytes()).split("\n")
+    except OSError:
+        return []
+    mounts = []
+    for line in lines:
+        before, _, after = line.partition(" - ")
+        fields, kind = before.split(" "), after.split(" ")
+        if len(fields) > 4 and kind[0]:
+            mounts.append((_unescaped(fields[4]), kind[0]))
+    return mounts
+
+
+def _unescaped(field: str) -> str:
+    for code, char in (("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")):
+        field = field.replace(code, char)
+    return field

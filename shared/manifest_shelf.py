@@ -1,0 +1,112 @@
+"""All sealed manifests of a store, old ones too, and how one is dropped: by nobody while somebody has it open.
+
+A manifest is here with `<digest>.json`, or as NAME's current one. Garbage collection keeps whatever any of them names.
+"""
+
+import fcntl
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from shared.atomic import sync_folder
+from shared.errors import ConfigError, ManifestMismatch, StoreLocked
+from shared.manifest import Manifest, open_manifest
+
+_SEAL = re.compile(r"([0-9a-f]{64})\.json")
+
+
+@dataclass(frozen=True)
+class Sealed:
+    """One sealed manifest, not opened yet."""
+
+    store: Path
+    name: str
+    digest: str
+    is_current: bool
+
+    def open(self) -> Manifest:
+        """Verify and map it; raises ManifestMismatch."""
+        manifest = open_manifest(self.store, self.name, self.digest if self._has_seal() else None)
+        if manifest.digest != self.digest:
+            raise ManifestMismatch(f"manifest {self.name!r} has just been sealed anew; run the same command again")
+        return manifest
+
+    def seal_bytes(self) -> bytes:
+        """The seal as it stands on disk; of a current manifest, current.json, which is enough to open it."""
+        return (self.folder / (f"{self.digest}.json" if self._has_seal() else "current.json")).read_bytes()
+
+    @property
+    def label(self) -> str:
+        """Name and short digest, for messages."""
+        return f"{self.name} {self.digest[:16]}"
+
+    @property
+    def folder(self) -> Path:
+        """Where its files are."""
+        return self.store / "manifests" / self.name
+
+    def _has_seal(self) -> bool:
+        """A current one whose seal was lost can be opened by current.json, which is a copy of it."""
+        return (self.folder / f"{self.digest}.json").exists()
+
+
+def sealed_manifests(store: Path) -> list[Sealed]:
+    """Every sealed manifest, by name, the current one first; raises ManifestMismatch where it cannot be told."""
+    found: list[Sealed] = []
+    for folder in sorted((store / "manifests").glob("*/")):
+        current = _current(folder)
+        digests: set[str] = {match[1] for path in folder.iterdir() if (match := _SEAL.fullmatch(path.name))}
+        ordered = [*([current] if current else []), *sorted(digests - {current})]
+        found += [Sealed(store, folder.name, digest, digest == current) for digest in ordered]
+    return found
+
+
+def find_sealed(store: Path, digest: str) -> list[Sealed]:
+    """The manifests whose digest begins with `digest`, one for each name that has it; raises ConfigError."""
+    found = [sealed for sealed in sealed_manifests(store) if sealed.digest.startswith(digest)]
+    if len(digest) < 8 or not found:
+        raise ConfigError(
+            f"no manifest of digest {digest!r} (8 digits or more) in {store}; cache-store stats lists them"
+        )
+    if len({sealed.digest for sealed in found}) > 1:
+        raise ConfigError(f"several manifests of {store} begin with {digest!r}: write more of it")
+    return found
+
+
+def drop_manifest(sealed: Sealed) -> None:
+    """Remove a manifest, its name first, as the store's writer; raises StoreLocked while a process has it open."""
+    folder = sealed.folder
+    arrow = folder / f"{sealed.digest}.arrow"
+    try:
+        lock = os.open(arrow, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        lock = -1
+    try:
+        if lock >= 0:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        names = [*(["current.json"] if sealed.is_current else []), f"{sealed.digest}.json", arrow.name]
+        for name in names:  # in this order, so that a kill leaves nothing that is named and not there
+            (folder / name).unlink(missing_ok=True)
+        sync_folder(folder)
+    except BlockingIOError:
+        raise StoreLocked(
+            f"manifest {sealed.label} is open in another process, perhaps a run that trains on it: stop that first"
+        ) from None
+    finally:
+        if lock >= 0:
+            os.close(lock)
+
+
+def _current(folder: Path) -> str | None:
+    path = folder / "current.json"
+    try:
+        digest = str(json.loads(path.read_text())["digest"])
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ManifestMismatch(f"{path} is damaged: {error}; build it again") from None
+    if not _SEAL.fullmatch(f"{digest}.json"):
+        raise ManifestMismatch(f"{path} is damaged: it names no digest; build it again")
+    return digest
