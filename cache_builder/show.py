@@ -65,6 +65,9 @@ def show_store(store: Path, out: Path, options: ShowOptions) -> Shown:
     """
     if out.is_dir():
         raise ConfigError(f"--out {out} is a folder: name a PNG file")
+    for folder in options.sources:
+        if not folder.is_dir():
+            raise ConfigError(f"--source {folder}: there is no such folder")
     with contextlib.closing(StoreReader(store)) as reader:
         manifest = open_manifest(store, options.manifest)
         shown = Shown(str(out), manifest.name, manifest.digest)

@@ -162,8 +162,11 @@ class _Environment:
 
         The one transaction that may last: it takes no page from a store that only grows.
         """
-        with _translated(folder):
-            self._opened().copy(str(folder), compact=True)
+        try:
+            with _translated(self.path):
+                self._opened().copy(str(folder), compact=True)
+        except StoreFull:
+            raise StoreFull(f"{folder}: no space left for a copy; free some and run the same command again") from None
         sync_file(folder / "data.mdb")
         sync_folder(folder)
 

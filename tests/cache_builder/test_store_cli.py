@@ -119,6 +119,8 @@ def test_what_is_wrong_ends_with_65(store: Path, tmp_path: Path, commands: Any) 
         (["gc", "STORE", "--drop", "12"], 64, "no manifest of digest '12'"),
         (["show", "STORE", "--out", "x.png", "--model", "nowhere"], 65, "no model folder nowhere"),
         (["show", "STORE", "--out", "x.png", "--count", "0"], 64, "--count"),
+        (["show", "STORE", "--out", "x.png", "--source", "nowhere"], 64, "--source nowhere: there is no such folder"),
+        (["show", "STORE", "--out", "."], 64, "is a folder: name a PNG file"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

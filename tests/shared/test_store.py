@@ -363,6 +363,25 @@ def test_a_copy_holds_the_same_and_less(store: Path, tmp_path: Path) -> None:
             copy.copy_to(to)  # never onto what is there
 
 
+def test_a_copy_says_which_side_is_at_fault(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The target where it is full, the store where it is damaged."""
+
+    def copy_fails(error: lmdb.Error, code: int) -> str:
+        class Failing:
+            def copy(self, *_: object, **__: object) -> None:
+                error.code = code
+                raise error
+
+        with StoreReader(store) as reader:
+            monkeypatch.setattr(reader, "_opened", Failing)
+            with pytest.raises(StoreError) as caught:
+                reader.copy_to(tmp_path / "new")
+        return str(caught.value)
+
+    assert copy_fails(lmdb.Error("copy"), errno.ENOSPC).startswith(f"{tmp_path / 'new'}: no space left")
+    assert copy_fails(lmdb.CorruptedError("copy"), 0).startswith(f"{store}: not an LMDB store")
+
+
 def test_tensors_that_a_reader_does_not_know_are_passed_over(store: Path) -> None:
     """`mask` is reserved; whatever later versions add to a record, today's readers find what they know."""
     source = np.random.default_rng(7)
