@@ -165,6 +165,18 @@ def test_roots_stand_beside_the_file_that_names_them(tmp_path: Path, monkeypatch
     assert absolute.datasets[0].root == Path("/p")
 
 
+def test_rules_for_all_lie_under_those_of_each() -> None:
+    datasets = 'datasets=[{id="a", root="x"}, {id="b", root="y", images={resolution=512}, captions={lines="first"}}]'
+    config = load_config(BuildConfig, sets=[datasets, "images.resolution=256", "images.crop=top", "source.kind=table"])
+    one, two = config.datasets
+    assert (one.images.resolution, two.images.resolution) == (256, 512)
+    assert (one.images.crop, two.images.crop) == ("top", "top")
+    assert (one.captions.lines, two.captions.lines) == ("all", "first")
+    assert (one.kind, two.kind) == ("table", "table")
+    assert config.for_dataset("b").images == two.images
+    assert config.for_dataset("unknown") == config
+
+
 WRONG = {
     "two of one id": ('{id="a", root="x"}, {id="a", root="y"}', r"two data sets have the id 'a'"),
     "no id": ('{root="x"}', r"datasets\.0\.id: field required"),
