@@ -18,7 +18,7 @@ from shared.config import load_config
 from shared.errors import ConfigError, DataError
 from shared.manifest import open_manifest
 from shared.store import StoreReader
-from tests.datasets import Item, jsonl, write_folder, write_parquet, write_tar
+from tests.datasets import Item, jsonl, write_as, write_folder, write_parquet, write_tar
 from tests.pictures import write_shapes
 from trainer.data import BatchReader
 from trainer.sampler import MicroBatch
@@ -112,6 +112,23 @@ def test_an_edited_score_encodes_nothing_and_is_another_manifest(place: Path, tm
         (6, 0, 2), (0, 6, 0), (1, 5, 0),
     ]  # fmt: skip
     assert len({report.digest for report in reports}) == 3
+
+
+@pytest.mark.parametrize("form", ["sidecars", "metadata.csv", "paths.jsonl", "struct.parquet", "tar"])
+def test_the_account_is_the_same_in_every_form(form: str, place: Path, tmp_path: Path, tiny_model: Path) -> None:
+    """Three good pictures, one of them twice, one cut, one that is none, and one without a caption."""
+    pictures = [path.read_bytes() for path in sorted((place / "shapes").glob("*.png"))]
+    data = [pictures[0], pictures[1], pictures[0], pictures[2][:-60], b"no picture", pictures[3], pictures[4]]
+    items = [Item(f"{i}.png", picture, [f"picture {i}"] if i < 6 else []) for i, picture in enumerate(data)]
+    root = write_as(form, tmp_path / "set", items)
+    sets = ["images.resolution=64", "images.step=16", "captions.missing=skip", "max_quarantined=0.5"]
+    config = load_config(BuildConfig, sets=[*sets, f'datasets=[{{id="set", root="{root}"}}]'])
+    report = run(config, tmp_path / "store", tiny_model)
+    report.check()
+    assert (report.seen, report.stored, report.reused, report.duplicate) == (7, 3, 0, 1)
+    assert (len(report.quarantined), report.skipped) == (2, {"no caption": 1})
+    stem = {"struct.parquet": "t.parquet/3", "tar": "shard-0.tar/3.png"}.get(form, "3.png")
+    assert stem in dict(report.quarantined)
 
 
 def test_a_trainer_reads_what_has_columns_of_its_own(place: Path, tmp_path: Path, tiny_model: Path) -> None:
