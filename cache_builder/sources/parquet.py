@@ -23,6 +23,8 @@ from cache_builder.sources.rows import BadRow, Row
 from shared.errors import DataError
 
 BATCH_BYTES = 16 << 20  # aimed at, by the mean size of a row
+MOST_ROWS = 1024
+MOST_PICTURES = 64  # whatever their mean: equal ones are stored once, and a row group's size may be a lie
 SHELF_BYTES = 64 << 20
 _BUFFER_BYTES = 1 << 20
 
@@ -89,7 +91,8 @@ class ParquetTable:
 
     def _group(self, index: int, start: int, columns: Collection[str]) -> Iterator["Batch"]:
         group = self._groups[index]
-        rows = max(1, min(1024, BATCH_BYTES * group.num_rows // max(1, group.total_byte_size)))
+        mean_bytes = max(1, group.total_byte_size // max(1, group.num_rows))
+        rows = max(1, min(MOST_PICTURES if self.embedded(columns) else MOST_ROWS, BATCH_BYTES // mean_bytes))
         with _untrusted():
             found = self._file.iter_batches(rows, [index], list(columns), use_threads=False)
         while (data := _next(found)) is not None:

@@ -78,9 +78,10 @@ def csv_header(records: Iterator[tuple[int, list[str] | DataError]]) -> list[str
     _, header = next(records, (0, DataError("it is empty")))
     if isinstance(header, DataError):
         raise DataError(f"no header of column names: {header}")
-    if len(set(header)) != len(header):
+    names = [name.strip() for name in header]  # "file_name, text" is what people write
+    if len(set(names)) != len(names):
         raise DataError("a column name stands in its header twice")
-    return header
+    return names
 
 
 def csv_columns(file: BinaryIO) -> list[str]:

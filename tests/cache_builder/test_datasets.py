@@ -18,7 +18,7 @@ from shared.config import load_config
 from shared.errors import ConfigError, DataError
 from shared.manifest import open_manifest
 from shared.store import StoreReader
-from tests.datasets import Item, jsonl, write_folder, write_parquet, write_tar
+from tests.datasets import Item, jsonl, write_as, write_folder, write_parquet, write_tar
 from tests.pictures import write_shapes
 from trainer.data import BatchReader
 from trainer.sampler import MicroBatch
@@ -114,6 +114,23 @@ def test_an_edited_score_encodes_nothing_and_is_another_manifest(place: Path, tm
     assert len({report.digest for report in reports}) == 3
 
 
+@pytest.mark.parametrize("form", ["sidecars", "metadata.csv", "paths.jsonl", "struct.parquet", "tar"])
+def test_the_account_is_the_same_in_every_form(form: str, place: Path, tmp_path: Path, tiny_model: Path) -> None:
+    """Three good pictures, one of them twice, one cut, one that is none, and one without a caption."""
+    pictures = [path.read_bytes() for path in sorted((place / "shapes").glob("*.png"))]
+    data = [pictures[0], pictures[1], pictures[0], pictures[2][:-60], b"no picture", pictures[3], pictures[4]]
+    items = [Item(f"{i}.png", picture, [f"picture {i}"] if i < 6 else []) for i, picture in enumerate(data)]
+    root = write_as(form, tmp_path / "set", items)
+    sets = ["images.resolution=64", "images.step=16", "captions.missing=skip", "max_quarantined=0.5"]
+    config = load_config(BuildConfig, sets=[*sets, f'datasets=[{{id="set", root="{root}"}}]'])
+    report = run(config, tmp_path / "store", tiny_model)
+    report.check()
+    assert (report.seen, report.stored, report.reused, report.duplicate) == (7, 3, 0, 1)
+    assert (len(report.quarantined), report.skipped) == (2, {"no caption": 1})
+    stem = {"struct.parquet": "t.parquet/3", "tar": "shard-0.tar/3.png"}.get(form, "3.png")
+    assert stem in dict(report.quarantined)
+
+
 def test_a_trainer_reads_what_has_columns_of_its_own(place: Path, tmp_path: Path, tiny_model: Path) -> None:
     run(load_config(BuildConfig, [place / "sets.toml"], ["split.eval_fraction=0"]), tmp_path / "store", tiny_model)
     manifest = open_manifest(tmp_path / "store", "main")
@@ -163,6 +180,18 @@ def test_roots_stand_beside_the_file_that_names_them(tmp_path: Path, monkeypatch
     assert load_config(BuildConfig, [Path("a/x.toml")]).datasets[0].root == Path("a/../pictures")
     absolute = load_config(BuildConfig, sets=['datasets=[{id="x", root="/p"}]'])
     assert absolute.datasets[0].root == Path("/p")
+
+
+def test_rules_for_all_lie_under_those_of_each() -> None:
+    datasets = 'datasets=[{id="a", root="x"}, {id="b", root="y", images={resolution=512}, captions={lines="first"}}]'
+    config = load_config(BuildConfig, sets=[datasets, "images.resolution=256", "images.crop=top", "source.kind=table"])
+    one, two = config.datasets
+    assert (one.images.resolution, two.images.resolution) == (256, 512)
+    assert (one.images.crop, two.images.crop) == ("top", "top")
+    assert (one.captions.lines, two.captions.lines) == ("all", "first")
+    assert (one.kind, two.kind) == ("table", "table")
+    assert config.for_dataset("b").images == two.images
+    assert config.for_dataset("unknown") == config
 
 
 WRONG = {

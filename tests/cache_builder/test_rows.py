@@ -38,7 +38,7 @@ def test_hostile_json_costs_its_line(deep: bytes) -> None:
 
 
 def test_csv() -> None:
-    data = b'\xef\xbb\xbfname,text\r\na.png,"one, ""two""\nthree"\n\nb.png,\n  \nc.png,5" disk\n"d.png",x'
+    data = b'\xef\xbb\xbfname, text\r\na.png,"one, ""two""\nthree"\n\nb.png,\n  \nc.png,5" disk\n"d.png",x'
     assert rows(read_csv, data) == [
         (2, {"name": "a.png", "text": 'one, "two"\nthree'}),
         (5, {"name": "b.png", "text": None}),

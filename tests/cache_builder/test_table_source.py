@@ -265,6 +265,17 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
     assert peaks[1] < 100 << 20
 
 
+def test_equal_pictures_do_not_fill_the_memory(tmp_path: Path) -> None:
+    """Four hundred rows of one picture of a megabyte take a megabyte on disk."""
+    path = write_parquet(tmp_path / "t.parquet", [Item("a.png", bytes(1 << 20))] * 400, "binary", group=400)
+    assert path.stat().st_size < 2 << 20
+    base, peak = pa.total_allocated_bytes(), 0
+    for item in make_source(path, max_bytes=1 << 20).scan():
+        peak = max(peak, pa.total_allocated_bytes() - base)
+        assert isinstance(item, Found)
+    assert peak < 300 << 20
+
+
 @pytest.mark.parametrize(("name", "reason"), [("nowhere.csv", "No such file"), ("x.txt", "tables end in .csv")])
 def test_a_root_that_is_no_table_is_said_at_once(tmp_path: Path, name: str, reason: str) -> None:
     (tmp_path / "x.txt").touch()
