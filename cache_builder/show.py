@@ -136,15 +136,16 @@ def _card(
         shown.damaged.append(f"{row.dataset}/{row.path}: {error}")
         panels.append(Panel(None, str(error)))
     if options.sources:
-        panels.append(_source_panel(options.sources, row, _rules(manifest)))
+        panels.append(_source_panel(options.sources, row, _rules(manifest, row.dataset)))
         shown.sources_missing += panels[-1].pixels is None
     return Card(tuple(panels), title, caption)
 
 
-def _rules(manifest: Manifest) -> PixelRules:
+def _rules(manifest: Manifest, dataset: str) -> PixelRules:
     """As far as a picture for people needs them."""
-    with contextlib.suppress(KeyError, TypeError, ValueError):
-        red, green, blue = manifest.settings.build["images"]["background"]
+    build = manifest.settings.build
+    with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError):
+        red, green, blue = build.get("datasets", {}).get(dataset, build)["images"]["background"]
         return PixelRules((red, green, blue))
     return PixelRules()
 
