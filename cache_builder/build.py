@@ -17,6 +17,7 @@ from cache_builder.keys import sample_id, text_key
 from cache_builder.meta import meta_row, meta_types
 from cache_builder.preview_fit import PreviewKeeper
 from cache_builder.report import BuildReport
+from cache_builder.runners import device_names, open_runner
 from cache_builder.scan import Sample, Scanner
 from cache_builder.sources import Source
 from cache_builder.split import Thumbnail, held_out
@@ -50,8 +51,9 @@ def build(sources: Sequence[Source], model: Path, config: BuildConfig, options: 
     """
     started_s = time.monotonic()
     report = BuildReport(manifest=options.manifest)
+    device_names(options.device)  # a wrong device or model is said before a store is made
     for part in ("vae", "text_encoder", "text_encoder_2"):
-        find_weights(model / part)  # a wrong model is said before a store is made
+        find_weights(model / part)
     index = read_json_object(model / "model_index.json")
     datasets = tuple(sorted({source.dataset_id for source in sources}))
     check_data_sets(options.store, options.manifest, datasets, replace=options.replace)
@@ -62,9 +64,10 @@ def build(sources: Sequence[Source], model: Path, config: BuildConfig, options: 
         samples = scanner.scan(sources, store)
         meta = meta_types(samples)
         encoder = SampleEncoder(model, options.device, dtype, config.encode.latents, config.text.chunks)
-        filler = Filler(store, config, report, encoder, PreviewKeeper(options.store, vae.digest))
-        null_key = filler.encode_captions(samples, text, options.prompts)
-        usable = filler.encode_pictures(samples, vae)
+        with open_runner(encoder) as runner:
+            filler = Filler(store, config, report, runner, PreviewKeeper(options.store, vae.digest))
+            null_key = filler.encode_captions(samples, text, options.prompts)
+            usable = filler.encode_pictures(samples, vae)
         report.quarantined.sort()
         _check_quarantine(config, report, usable)
         split = held_out(config.split, [s.path for s in usable], [_known(s.thumbnail) for s in usable])

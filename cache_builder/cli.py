@@ -1,6 +1,7 @@
 """Doors of this tower: parse, load, call one function, one line on an error. Nothing heavy is imported for --help."""
 
 import json
+import signal
 from pathlib import Path
 from typing import Annotated
 
@@ -18,7 +19,7 @@ Name = Annotated[str, typer.Option("--manifest", help="Name of the manifest to s
 Resolution = Annotated[int | None, typer.Option(help="Short for --set images.resolution=N, pixels.")]
 Configs = Annotated[list[Path] | None, typer.Option("--config", help="TOML file; several are layered, later ones win.")]
 Sets = Annotated[list[str] | None, typer.Option("--set", help="One setting, e.g. captions.lines=first.")]
-Device = Annotated[str, typer.Option(help="auto, cuda, mps or cpu.")]
+Device = Annotated[str, typer.Option(help="auto, cuda, mps or cpu; or several: cuda:0,cuda:1.")]
 Dataset = Annotated[str | None, typer.Option(help="Id of FOLDER's data set; its name by default.")]
 Prompts = Annotated[Path | None, typer.Option(help="Text file with a prompt on each line, embedded for validation.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the report as JSON.")]
@@ -65,6 +66,7 @@ def _cache_build(
 def cache_build() -> None:
     """Console script `cache-build`."""
     yield_idle_threads()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a supervisor's stop is Ctrl-C: one line, and 75
     run_command(_cache_build)
 
 

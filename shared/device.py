@@ -1,4 +1,4 @@
-"""`--device auto`: which accelerator to use."""
+"""`--device auto`: which accelerator to use; and what it says when its memory is full."""
 
 from typing import TYPE_CHECKING
 
@@ -6,6 +6,9 @@ from shared.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
+
+# Some allocators, and libraries under torch that allocate for themselves, raise a plain RuntimeError.
+_FULL = ("DefaultCPUAllocator", "not enough memory", "out of memory", "_ALLOC_FAILED")
 
 
 def choose_device(setting: str) -> "torch.device":
@@ -23,3 +26,20 @@ def choose_device(setting: str) -> "torch.device":
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(f"--device {setting} cannot be used: {reason}") from None
     return device
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether `error` says that a device, or the CPU, has no memory left for a tensor."""
+    import torch
+
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _FULL)
+
+
+def free_unused_memory() -> None:
+    """Give back what torch keeps of a GPU's memory without using it."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

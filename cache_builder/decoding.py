@@ -1,0 +1,126 @@
+"""The first step of the second pass: pictures that lack something -> decoded, once, in threads -> batches of one size.
+
+Memory is bounded by how many pictures are decoded before they are asked for, and by two batches of crops that wait for
+others of their size.
+"""
+
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TypeVar
+
+from cache_builder.buckets import Size
+from cache_builder.config import EncodeRules
+from cache_builder.encode import Crop
+from cache_builder.keys import image_digest
+from cache_builder.pixels import crop, decode, thumbnail
+from cache_builder.scan import PlannedCrop, Sample
+from cache_builder.split import Thumbnail
+from shared.errors import DataError
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture with what its samples lack: it is decoded once for all of its crops and all data sets it is in."""
+
+    samples: list[Sample]
+    crops: list[PlannedCrop]
+
+
+@dataclass(frozen=True)
+class DecodedCrop:
+    """What the encoder and the split need of one crop of a picture."""
+
+    picture: Picture
+    crop: Crop
+    thumbnail: Thumbnail
+
+
+def incomplete(samples: Sequence[Sample], stored: set[bytes]) -> list[Picture]:
+    """The pictures of which something is missing, each with its missing crops; all of them where its facts are."""
+    pictures: dict[bytes, Picture] = {}
+    for sample in samples:
+        picture = pictures.setdefault(sample.facts_key, Picture([], []))
+        picture.samples.append(sample)
+        missing = [c for c in sample.crops if sample.thumbnail is None or c.latent_key not in stored]
+        picture.crops.extend(crop for crop in missing if crop not in picture.crops)
+    return [picture for picture in pictures.values() if picture.crops]
+
+
+def crop_batches(
+    pictures: Sequence[Picture], rules: EncodeRules, lost: dict[bytes, str]
+) -> Generator[list[DecodedCrop]]:
+    """All crops of `pictures`, at most rules.batch of one size at once, bucket by bucket.
+
+    What cannot be decoded is put into `lost` instead: {latent key of each of its crops: why}.
+    """
+    todo = sorted(pictures, key=lambda picture: picture.crops[0].plan.target_hw)
+    most_crops = max((len(picture.crops) for picture in todo), default=1)
+    ahead = 2 * rules.batch // most_crops + rules.threads
+    pool = ThreadPoolExecutor(rules.threads, "decode")
+    try:
+        decoded = _in_order(pool, _decode, todo, ahead)
+        yield from _same_size_batches(_good_crops(decoded, lost), rules.batch)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _decode(picture: Picture) -> list[DecodedCrop] | DataError:
+    sample = picture.samples[0]
+    rules = sample.rules
+    try:
+        data = sample.read()
+        if image_digest(data) != sample.digest:
+            return DataError("changed while it was being built; run the same command again")
+        pixels = decode(data, rules, sample.limits)
+        if pixels.shape[:2] != sample.original_hw:
+            return DataError("its size is not what its header says")
+        thumb = thumbnail(pixels)
+        return [DecodedCrop(picture, Crop(c.latent_key, crop(pixels, c.plan, rules)), thumb) for c in picture.crops]
+    except DataError as error:
+        return error
+
+
+def _good_crops(
+    decoded: Iterable[tuple[Picture, list[DecodedCrop] | DataError]], lost: dict[bytes, str]
+) -> Iterator[DecodedCrop]:
+    for picture, crops in decoded:
+        if isinstance(crops, DataError):
+            lost.update((planned.latent_key, str(crops)) for planned in picture.crops)
+        else:
+            yield from crops
+
+
+def _in_order(
+    pool: ThreadPoolExecutor, work: Callable[[T], R], items: Iterable[T], ahead: int
+) -> Iterator[tuple[T, R]]:
+    """(item, work(item)) in order, at most `ahead` items begun before they are asked for."""
+    begun: deque[tuple[T, Future[R]]] = deque()
+    for item in items:
+        begun.append((item, pool.submit(work, item)))
+        if len(begun) > ahead:
+            first, future = begun.popleft()
+            yield first, future.result()
+    while begun:
+        first, future = begun.popleft()
+        yield first, future.result()
+
+
+def _same_size_batches(crops: Iterable[DecodedCrop], size: int) -> Iterator[list[DecodedCrop]]:
+    """Crops of one size, `size` at once; where more than two batches of crops wait, those that wait longest go."""
+    waiting: dict[Size, list[DecodedCrop]] = {}
+    count = 0
+    for each in crops:
+        size_hw = each.crop.size_hw
+        batch = waiting.setdefault(size_hw, [])
+        batch.append(each)
+        count += 1
+        if len(batch) == size or count > 2 * size:
+            batch = waiting.pop(size_hw if len(batch) == size else next(iter(waiting)))
+            count -= len(batch)
+            yield batch
+    yield from waiting.values()

@@ -1,0 +1,93 @@
+"""Steps that work side by side: order, bounds, errors, and an end that leaves no thread behind."""
+
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from cache_builder.ahead import Ahead
+
+
+def until(condition: object, limit_s: float = 10) -> None:
+    end_s = time.monotonic() + limit_s
+    while not condition():  # type: ignore[operator]
+        assert time.monotonic() < end_s
+        time.sleep(0.001)
+
+
+def test_results_come_in_order_and_the_threads_end() -> None:
+    before = threading.active_count()
+    with Ahead(range(1000), count=3) as ahead:
+        assert list(ahead) == list(range(1000))
+        assert list(ahead) == []
+    assert threading.active_count() == before
+
+
+def test_no_more_is_made_than_was_asked_for() -> None:
+    made: list[int] = []
+
+    def source() -> Iterator[int]:
+        for number in range(100):
+            made.append(number)
+            yield number
+
+    with Ahead(source(), count=4) as ahead:
+        until(lambda: len(made) == 4)
+        time.sleep(0.05)
+        assert len(made) == 4
+        for taken in range(1, 20):
+            next(ahead)
+            until(lambda taken=taken: len(made) == taken + 4)
+    assert len(made) < 30
+
+
+def test_an_error_comes_after_what_was_made_before_it() -> None:
+    def source() -> Iterator[int]:
+        yield 1
+        yield 2
+        raise KeyboardInterrupt("here")
+
+    with Ahead(source(), count=8) as ahead:
+        assert [next(ahead), next(ahead)] == [1, 2]
+        with pytest.raises(KeyboardInterrupt):
+            next(ahead)
+        with pytest.raises(StopIteration):
+            next(ahead)
+
+
+def test_an_early_end_closes_its_sources_in_their_threads() -> None:
+    begun, closed = threading.Barrier(2), []
+
+    def source() -> Iterator[int]:
+        try:
+            begun.wait(10)
+            while True:
+                yield 1
+        finally:
+            closed.append(threading.current_thread().name)
+
+    with Ahead(source(), source(), count=2) as ahead:
+        assert next(ahead) == 1
+    assert len(set(closed)) == 2
+    assert threading.current_thread().name not in closed
+
+
+def test_several_sources_and_several_takers_lose_nothing_and_repeat_nothing() -> None:
+    numbers = [range(start, 3000, 3) for start in range(3)]
+    with Ahead(*numbers, count=4) as shared, Ahead(*(map(int, shared) for _ in range(4)), count=2) as ahead:
+        assert sorted(ahead) == list(range(3000))
+
+
+def test_an_error_in_one_source_ends_the_others() -> None:
+    def endless() -> Iterator[int]:
+        while True:
+            yield 1
+
+    def failing() -> Iterator[int]:
+        yield 2
+        raise ValueError("one of two")
+
+    with pytest.raises(ValueError, match="one of two"), Ahead(endless(), failing(), count=2) as ahead:
+        for _ in ahead:
+            pass
