@@ -14,7 +14,7 @@ from cache_builder.buckets import Size
 from cache_builder.config import EncodeRules
 from cache_builder.encode import Crop
 from cache_builder.keys import image_digest
-from cache_builder.pixels import crop, decode, thumbnail
+from cache_builder.pixels import decode_picture
 from cache_builder.scan import PlannedCrop, Sample
 from cache_builder.split import Thumbnail
 from shared.errors import DataError
@@ -76,11 +76,11 @@ def _decode(picture: Picture) -> list[DecodedCrop] | DataError:
         data = sample.read()
         if image_digest(data) != sample.digest:
             return DataError("changed while it was being built; run the same command again")
-        pixels = decode(data, rules, sample.limits)
-        if pixels.shape[:2] != sample.original_hw:
+        decoded = decode_picture(data, rules, sample.limits)
+        if decoded.size_hw != sample.original_hw:
             return DataError("its size is not what its header says")
-        thumb = thumbnail(pixels)
-        return [DecodedCrop(picture, Crop(c.latent_key, crop(pixels, c.plan, rules)), thumb) for c in picture.crops]
+        thumb = decoded.thumbnail()
+        return [DecodedCrop(picture, Crop(c.latent_key, decoded.crop(c.plan, rules)), thumb) for c in picture.crops]
     except DataError as error:
         return error
 

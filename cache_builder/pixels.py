@@ -1,6 +1,6 @@
 """Pillow's only door in this tower: untrusted bytes -> upright sRGB pixels -> the crop that the VAE sees.
 
-bytes -> read_size -> (buckets.plan_crop) -> decode -> crop -> encode.py
+bytes -> read_size -> (buckets.plan_crop) -> decode_picture -> crop -> encode.py
                                                  \\-> thumbnail -> difference_hashes -> the split, near copies
 
 Whatever a decoder does to one picture (any exception, a lie about its size) costs that one picture: PictureError.
@@ -72,30 +72,56 @@ def read_size(data: bytes, limits: PixelLimits) -> tuple[int, int]:
         return _upright_hw(image, _orientation(image))
 
 
-def decode(data: bytes, rules: PixelRules, limits: PixelLimits) -> Pixels:
-    """uint8 [h, w, 3], upright sRGB on the background colour, first frame, read-only; raises PictureError."""
+@dataclass(frozen=True)
+class Picture:
+    """A decoded picture, upright sRGB, in Pillow's own memory: cutting crops out of it copies no whole picture."""
+
+    image: Image.Image
+
+    @property
+    def size_hw(self) -> tuple[int, int]:
+        """Of the upright picture."""
+        return self.image.height, self.image.width
+
+    def crop(self, plan: CropPlan, rules: PixelRules) -> Pixels:
+        """Resized (antialiased), cut and mirrored by `plan`: uint8 [target_h, target_w, 3], C-contiguous."""
+        (h, w), (resize_h, resize_w), (box_h, box_w) = self.size_hw, plan.resize_hw, plan.target_hw
+        # The box in the source's own pixels: the same filter as resize-then-cut, without pixels that would be cut off.
+        box = (
+            plan.box_left * w / resize_w,
+            plan.box_top * h / resize_h,
+            min(w, (plan.box_left + box_w) * w / resize_w),
+            min(h, (plan.box_top + box_h) * h / resize_h),
+        )
+        cut = np.asarray(self.image.resize((box_w, box_h), _RESAMPLE[rules.resample], box=box))
+        return np.ascontiguousarray(cut[:, ::-1]) if plan.flip else cut
+
+    def thumbnail(self) -> Pixels:
+        """uint8 [8, 9, 3], read-only; nearly equal for copies of another size or compression."""
+        # Bilinear: means over whole pixels (BOX) follow where the grid of pixels falls, by 7 levels in small copies.
+        return np.asarray(self.image.resize((9, 8), Image.Resampling.BILINEAR, reducing_gap=16))
+
+
+def decode_picture(data: bytes, rules: PixelRules, limits: PixelLimits) -> Picture:
+    """Upright, sRGB, on the background colour, first frame; raises PictureError."""
     with _untrusted():
-        return np.asarray(_decode(data, rules, limits))  # here the picture as decoded is gone: 256 MB less at 64 MP
+        return Picture(_decode(data, rules, limits))
+
+
+def decode(data: bytes, rules: PixelRules, limits: PixelLimits) -> Pixels:
+    """The same as uint8 [h, w, 3], read-only; raises PictureError."""
+    with _untrusted():
+        return np.asarray(_decode(data, rules, limits))
 
 
 def crop(pixels: Pixels, plan: CropPlan, rules: PixelRules) -> Pixels:
-    """`pixels` [h, w, 3] resized (antialiased), cut and mirrored by `plan`: uint8 [target_h, target_w, 3], writable."""
-    (h, w), (resize_h, resize_w), (box_h, box_w) = pixels.shape[:2], plan.resize_hw, plan.target_hw
-    # The box in the source's own pixels: the same filter as resize-then-cut, without the pixels that would be cut off.
-    box = (
-        plan.box_left * w / resize_w,
-        plan.box_top * h / resize_h,
-        min(w, (plan.box_left + box_w) * w / resize_w),
-        min(h, (plan.box_top + box_h) * h / resize_h),
-    )
-    cut = np.asarray(Image.fromarray(pixels).resize((box_w, box_h), _RESAMPLE[rules.resample], box=box))
-    return np.array(cut[:, ::-1] if plan.flip else cut, order="C")
+    """Picture.crop of `pixels` [h, w, 3], writable."""
+    return np.array(Picture(Image.fromarray(pixels)).crop(plan, rules))
 
 
 def thumbnail(pixels: Pixels) -> Pixels:
-    """`pixels` [h, w, 3] as uint8 [8, 9, 3], read-only; nearly equal for copies of another size or compression."""
-    # Bilinear: means over whole pixels (BOX) follow where the grid of pixels falls, by up to 7 levels in small copies.
-    return np.asarray(Image.fromarray(pixels).resize((9, 8), Image.Resampling.BILINEAR, reducing_gap=16))
+    """Picture.thumbnail of `pixels` [h, w, 3]."""
+    return Picture(Image.fromarray(pixels)).thumbnail()
 
 
 def difference_hashes(thumbs: Pixels) -> np.ndarray[Any, np.dtype[np.uint64]]:

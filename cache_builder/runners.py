@@ -16,6 +16,14 @@ from shared.errors import ConfigError
 T = TypeVar("T")
 
 
+class Encoder(Protocol):
+    """Makes the records of one batch: a SampleEncoder, or what stands in for one."""
+
+    def encode(self, job: Job) -> Records:
+        """One record for each crop, two for each caption."""
+        ...
+
+
 class Runner(Protocol):
     """Encodes batches; used as a context manager, which ends whatever it started."""
 
@@ -47,7 +55,7 @@ def open_runner(encoder: SampleEncoder) -> AbstractContextManager[Runner]:
 class LocalRunner:
     """Encodes in a thread of this process."""
 
-    def __init__(self, encoder: SampleEncoder) -> None:
+    def __init__(self, encoder: Encoder) -> None:
         self._encoder = encoder
 
     def run(self, work: Iterable[tuple[T, Job]]) -> Generator[tuple[T, Records]]:

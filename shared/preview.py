@@ -72,7 +72,9 @@ class PreviewFit:
     def add(self, pixels: Pixels, latents: np.ndarray[Any, Any]) -> None:
         """One crop [H, W, 3] and its unscaled latents [c, h, w]; H and W are multiples of h and w."""
         channels, h, w = latents.shape
-        blocks = pixels.reshape(h, pixels.shape[0] // h, w, pixels.shape[1] // w, 3).mean(axis=(1, 3)) / 255
+        high, wide = pixels.shape[0] // h, pixels.shape[1] // w
+        rows = pixels.reshape(h, high, -1).sum(axis=1, dtype=np.uint32)  # along memory first: six times as fast
+        blocks = rows.reshape(h, w, wide, 3).sum(axis=2) / (255 * high * wide)
         x = np.concatenate([latents.reshape(channels, -1), np.ones((1, h * w))]).astype(np.float64)
         self._left = self._left + x @ x.T
         self._right = self._right + x @ blocks.reshape(-1, 3)
