@@ -1,9 +1,9 @@
 """What a VAE loses and gains in half precision: error of its latents and pictures against float32, and speed.
 
-`python -m benchmarks.vae_dtype --model MODEL [--pictures FOLDER] [--device cuda] [--json FILE]` encodes the centre squares
-of pictures (drawn ones by default) in float32, bfloat16 and float16, and decodes the latents of each in float32, so that
-what is seen is the encoder's error alone. `--random-sdxl` takes SDXL's full-size VAE with random weights instead: its
-speed is the real one's, its errors say nothing of it.
+`python -m benchmarks.vae_dtype --model MODEL [--pictures FOLDER] [--device cuda] [--json FILE]` encodes the centre
+squares of pictures (drawn ones by default) in float32, bfloat16 and float16, and decodes the latents of each in
+float32, so that what is seen is the encoder's error alone. `--random-sdxl` takes SDXL's full-size VAE with random
+weights instead: its speed is the real one's, its errors say nothing of it.
 """
 
 import argparse

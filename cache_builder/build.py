@@ -86,7 +86,7 @@ def _encode_dtype(config: BuildConfig, vae: VaeFacts, device: str) -> EncodeDtyp
     if config.encode.dtype == "auto" and not vae.force_upcast and device != "cpu":
         from shared.device import choose_device
 
-        device = choose_device(device).type
+        device = choose_device(device.partition(",")[0]).type
     return choose_encode_dtype(config.encode.dtype, vae, device.partition(":")[0])
 
 

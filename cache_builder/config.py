@@ -1,5 +1,6 @@
 """What a build may be told; `--resolution N` is short for `--set images.resolution=N`."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -69,6 +70,11 @@ class TextRules(Config):
     """Stretches of 77 tokens a caption may fill; what is longer is cut and counted."""
 
 
+def _decoders() -> int:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(8, max(2, cores))  # two at least, so that one picture is decoded while another one is read
+
+
 class EncodeRules(Config):
     """How the encoders run and what is stored."""
 
@@ -80,8 +86,8 @@ class EncodeRules(Config):
     """Pictures encoded at once."""
     text_batch: int = Field(32, ge=1)
     """Captions encoded at once."""
-    threads: int = Field(2, ge=1)
-    """Threads that decode pictures."""
+    threads: int = Field(default_factory=_decoders, ge=1)
+    """Threads that decode pictures; by default one for each core this process may use, two to eight."""
 
 
 class SplitRules(Config):

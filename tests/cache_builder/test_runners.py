@@ -2,6 +2,7 @@
 
 import io
 import os
+import shutil
 import signal
 import threading
 import time
@@ -206,6 +207,20 @@ def test_a_process_that_fails_says_so(tiny_model: Path, capfd: pytest.CaptureFix
     finally:
         process.close()
     assert capfd.readouterr().err.rstrip().endswith("AttributeError: module 'torch' has no attribute 'nonsense'")
+
+
+@pytest.mark.parametrize(("device", "expected"), [("cpu", "float32"), ("cpu,cpu", "float32")])
+def test_the_dtype_of_several_devices_is_that_of_one(
+    tmp_path: Path, tiny_model: Path, run_build: Build, device: str, expected: str
+) -> None:
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    config = model / "vae/config.json"
+    config.write_text(config.read_text().replace('"force_upcast": true', '"force_upcast": false'))
+    folder = write_shapes(tmp_path / "set", 1)
+    run_build([folder], tmp_path / "store", model)
+    report = run_build([folder], tmp_path / "store", model, device=device)
+    assert report.reused == 1
+    assert open_manifest(tmp_path / "store", "main").settings.build["encode"]["dtype"] == expected
 
 
 # --- side by side ---
