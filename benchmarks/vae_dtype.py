@@ -76,14 +76,20 @@ def psnr_db(one: torch.Tensor, other: torch.Tensor) -> float:
     return float("inf") if error == 0 else 10 * float(np.log10(255**2 / error))
 
 
-def measure(model: Path, pixels: torch.Tensor, device: str, batch: int, rounds: int) -> dict[str, dict[str, float]]:
-    """For each dtype: speed, errors of the latents (in standard deviations of float32's) and PSNR of what they show."""
+def measure(
+    model: Path, pixels: torch.Tensor, device: str, batch: int, rounds: int, *, decoded: bool
+) -> dict[str, dict[str, float]]:
+    """For each dtype: speed, errors of the latents (in standard deviations of float32's), PSNR of what they show.
+
+    `decoded` is whether to look at what they show; it costs more than encoding.
+    """
     results: dict[str, dict[str, float]] = {}
-    judge = Vae(model, device, "float32")
+    judge = Vae(model, device)
     exact, pictures = torch.empty(0), torch.empty(0)
     for dtype in get_args(EncodeDtype):
         means, rate = encode(Vae(model, device, dtype), pixels, batch, rounds)
-        seen = torch.cat([judge.decode(m * judge.scaling_factor) for m in means.nan_to_num().split(batch)])
+        pieces = means.nan_to_num().split(batch) if decoded else ()
+        seen = torch.cat([judge.decode(m * judge.scaling_factor) for m in pieces]) if decoded else pixels
         if dtype == "float32":
             exact, pictures = means, seen
         error = (means - exact).abs() / exact.std()
@@ -91,8 +97,8 @@ def measure(model: Path, pixels: torch.Tensor, device: str, batch: int, rounds: 
             "per_s": rate,
             "max_error": float(error.max()),
             "mean_error": float(error.mean()),
-            "psnr_to_float32_db": psnr_db(seen, pictures),
-            "psnr_to_picture_db": psnr_db(seen, pixels),
+            "psnr_to_float32_db": psnr_db(seen, pictures) if decoded else float("nan"),
+            "psnr_to_picture_db": psnr_db(seen, pixels) if decoded else float("nan"),
             "finite": float(means.isfinite().double().mean()),
         }
     return results
@@ -125,7 +131,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.pictures is None:
             write_shapes(Path(name) / "shapes", count=options.count)
         pixels = read_squares(options.pictures or Path(name) / "shapes", options.count, options.size)
-        results = measure(model, pixels, options.device, options.batch, options.rounds)
+        how = (options.device, options.batch, options.rounds)
+        results = measure(model, pixels, *how, decoded=not options.random_sdxl)
     print(f"\n{len(pixels)} squares of {options.size} px, batches of {options.batch}, on {options.device}")
     show(results)
     if options.json:

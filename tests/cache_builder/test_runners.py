@@ -1,5 +1,6 @@
 """Encoding beside decoding and committing, on one device and on several: the same store, and nothing lost."""
 
+import contextlib
 import io
 import os
 import shutil
@@ -23,7 +24,7 @@ from cache_builder.runners import LocalRunner, device_names
 from cache_builder.sources import Found, Skipped
 from cache_builder.sources.folder import FolderSource
 from shared.config import load_config
-from shared.errors import ConfigError, ExpertsError
+from shared.errors import ConfigError, ExpertsError, StoreError
 from shared.manifest import open_manifest
 from shared.record import decode_record
 from shared.store import StoreReader
@@ -101,10 +102,9 @@ def wait_for(condition: Callable[[], Any], limit_s: float = 60) -> Any:
 
 
 def stored(store: Path) -> int:
-    if not (store / "store.json").exists():
-        return 0
-    with StoreReader(store) as reader:
+    with contextlib.suppress(StoreError), StoreReader(store) as reader:  # it may just be being made
         return reader.count()
+    return 0
 
 
 def alive(pids: Sequence[int]) -> list[int]:
@@ -144,7 +144,7 @@ def test_a_stop_ends_the_processes_too(
     started_s = time.monotonic()
     os.kill(running.pid, sent)
     done = running.finish()
-    assert time.monotonic() - started_s < 5
+    assert time.monotonic() - started_s < 15
     if sent is signal.SIGKILL:
         assert done.code == -signal.SIGKILL
     else:
