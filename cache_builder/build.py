@@ -41,6 +41,8 @@ class BuildOptions:
     allow_shrink: bool = False
     prompts: Sequence[str] = ()
     """Further texts to embed as they are, each once; the manifest lists their keys."""
+    rehash: bool = False
+    """Whether files are read that have not changed since the last build, by their size, times and inode."""
 
 
 def build(sources: Sequence[Source], model: Path, config: BuildConfig, options: BuildOptions) -> BuildReport:
@@ -58,7 +60,7 @@ def build(sources: Sequence[Source], model: Path, config: BuildConfig, options: 
     with StoreWriter(options.store, wait=options.wait) as store:
         vae, text = read_vae_facts(model), read_text_facts(model)
         dtype = _encode_dtype(config, vae, options.device)
-        scanner = Scanner(config, vae.digest, dtype, report)
+        scanner = Scanner(config, vae.digest, dtype, report, memory=options.store, rehash=options.rehash)
         samples = scanner.scan(sources, store)
         meta = meta_types(samples)
         encoder = SampleEncoder(model, options.device, dtype, config.encode.latents, config.text.chunks)

@@ -3,6 +3,7 @@
 A changed byte of picture, caption, weights or pixel rule changes just the keys that depend on it.
 """
 
+import functools
 import hashlib
 from collections.abc import Mapping
 from dataclasses import astuple
@@ -24,14 +25,15 @@ def image_digest(data: bytes) -> bytes:
 
 def facts_key(digest: bytes, rules: PixelRules) -> bytes:
     """Key of what is known of a picture before it is cropped: its size and its thumbnail."""
-    return _key("facts", PIXELS_VERSION, digest, astuple(rules))
+    return _key("facts", PIXELS_VERSION, digest, _rules(rules))
 
 
 def latent_key(
     digest: bytes, plan: CropPlan, rules: PixelRules, vae_digest: str, encode_dtype: str, latents: str
 ) -> bytes:
     """Key of the latents of one crop of a picture."""
-    fields = (digest, astuple(plan), PIXELS_VERSION, astuple(rules), vae_digest, encode_dtype, STORED_DTYPE, latents)
+    cut = (plan.resize_hw, plan.box_top, plan.box_left, plan.target_hw, plan.flip)
+    fields = (digest, cut, PIXELS_VERSION, _rules(rules), vae_digest, encode_dtype, STORED_DTYPE, latents)
     return _key("latents", *fields)
 
 
@@ -58,6 +60,11 @@ def crop_draw(seed: int, digest: bytes, variant: int) -> tuple[float, float]:
 def tag_draw(seed: int, digest: bytes, caption: str, variant: int, tag: int) -> tuple[float, float]:
     """Two uniform draws in [0, 1): where tag number `tag` of a picture's caption goes, and whether it is left out."""
     return _two_draws(_key("tag", seed, digest, caption.encode(), variant, tag))
+
+
+@functools.lru_cache(maxsize=64)  # of millions of keys in a build, all but a few name the same rules
+def _rules(rules: PixelRules) -> tuple[Any, ...]:
+    return astuple(rules)
 
 
 def _two_draws(bits: bytes) -> tuple[float, float]:

@@ -14,12 +14,15 @@ from pathlib import Path
 
 from cache_builder.captions import MAX_CAPTION_BYTES, CaptionRules, parse_caption
 from cache_builder.pixels import EXTENSIONS
-from cache_builder.sources import Found, Skipped
+from cache_builder.scan_cache import ScanCache, file_state, read_remembered
+from cache_builder.sources import Found, MetaValue, Skipped
 from cache_builder.sources.columns import Complaints, name_caption
 from cache_builder.sources.files import entry_kind, list_folder, printable, read_regular, tally_key
 from cache_builder.sources.metadata import Entry, read_metadata
 from cache_builder.sources.rules import SourceRules
 from shared.errors import DataError
+
+_NO_META: dict[str, MetaValue] = {}
 
 
 class FolderSource:
@@ -41,6 +44,7 @@ class FolderSource:
         self._max_bytes = max_bytes
         self._rules = rules
         self._entries: dict[str, list[Entry]] = {}
+        self.cache = ScanCache()
 
     def scan(self) -> Iterator[Found | Skipped]:
         """Everything under the root that is a picture by its name, sorted by path; raises DataError at once."""
@@ -122,7 +126,7 @@ class FolderSource:
         except DataError as error:
             return Skipped(path, str(error))
         read = partial(read_regular, entry.path, self._max_bytes)
-        return Found(path, captions, read, row.meta if row else {})
+        return Found(path, captions, read, row.meta if row else _NO_META, partial(file_state, entry.path))
 
     def _captions(self, path: str, sidecar: os.DirEntry[str] | None, row: Entry | None) -> tuple[str, ...]:
         if row and row.captions:
@@ -134,7 +138,10 @@ class FolderSource:
         try:
             if (kind := entry_kind(sidecar)) != "file":
                 raise DataError(kind)
-            return parse_caption(read_regular(sidecar.path, MAX_CAPTION_BYTES), self._caption_rules) or ("",)
+            look, read = partial(file_state, sidecar.path), partial(read_regular, sidecar.path, MAX_CAPTION_BYTES)
+            below = path.rpartition("/")[0] + "/" + sidecar.name
+            data = read_remembered(self.cache, "caption", below, look, read)
+            return parse_caption(data, self._caption_rules) or ("",)
         except DataError as error:
             raise DataError(f"caption: {error}") from None
 
