@@ -5,6 +5,7 @@ A changed byte of picture, caption, weights or pixel rule changes just the keys 
 
 import functools
 import hashlib
+import threading
 from collections.abc import Mapping
 from dataclasses import astuple
 from typing import Any
@@ -16,6 +17,7 @@ from cache_builder.pixels import PIXELS_VERSION, PixelRules
 
 KEY_FORMAT = 1
 STORED_DTYPE = "float16"
+_packers = threading.local()  # a packer is for one thread, and a new one for each key costs more than the packing
 
 
 def image_digest(data: bytes) -> bytes:
@@ -76,6 +78,12 @@ def subset_rank(seed: int, digest: bytes) -> bytes:
     return _key("subset", seed, digest)
 
 
+def _pack(fields: tuple[Any, ...]) -> bytes:
+    packer = getattr(_packers, "packer", None)
+    if packer is None:
+        packer = _packers.packer = msgpack.Packer(use_bin_type=True)
+    return bytes(packer.pack(fields))
+
+
 def _key(*fields: Any) -> bytes:
-    message = msgpack.packb([KEY_FORMAT, *fields], use_bin_type=True)
-    return hashlib.blake2b(message, digest_size=16).digest()
+    return hashlib.blake2b(_pack((KEY_FORMAT, *fields)), digest_size=16).digest()

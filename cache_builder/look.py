@@ -104,11 +104,9 @@ def _state(item: Found) -> State | None:
 
 def _facts(key: bytes, snapshot: Snapshot) -> Facts | None:
     """What an earlier build found out of a picture; None where it has to be found out."""
-    if not snapshot.has(key):
-        return None
     try:
         record = snapshot.read(key)
         height, width = record.meta["original_hw"]
         return (height, width), record.tensors["thumbnail"].copy()  # not all of its record
-    except RecordCorrupt:
-        return None  # it can be found out again
+    except RecordCorrupt:  # or absent
+        return None

@@ -74,18 +74,17 @@ class FolderSource:
     def _items(self, entries: list[os.DirEntry[str]], prefix: str) -> Iterator[Found | Skipped | str]:
         """One folder's pictures and, as plain strings, its sub-folders."""
         by_name = {entry.name: entry for entry in entries}
-        sidecars = {e.name: s for e in entries if _is_picture(e.name) and (s := self._sidecar_name(e.name, by_name))}
+        sidecars = {name: s for name in by_name if _is_picture(name) and (s := self._sidecar_name(name, by_name))}
         metadata = next((name for name in self._rules.metadata if name in by_name), None)
         if metadata is not None:
             yield from self._load(by_name[metadata], prefix + metadata)
         in_use = {*sidecars.values(), metadata}
-        for entry in entries:
-            name = entry.name
+        for name, entry in by_name.items():
             if name.startswith("."):
                 self.passed_over["(hidden)"] += 1
             elif entry_kind(entry) == "folder":
                 yield prefix + name
-            elif _is_picture(name):
+            elif name in sidecars or _is_picture(name):
                 for row in self._entries.pop(prefix + name, [None]):
                     yield self._picture(entry, prefix + name, by_name.get(sidecars.get(name, "")), row)
             elif name not in in_use:
