@@ -60,11 +60,12 @@ class ScanCache:
             self._keep(_key(kind, path, before), value)
 
     def save(self) -> None:
-        """Write what this scan met, whole or not at all; files that are gone are forgotten."""
+        """Write what this scan met, whole or not at all, and forget it; files that are gone are forgotten for good."""
+        met, self._met, self._known = self._met, {}, {}
         if self._path is None:
             return
-        lengths = np.fromiter(map(len, self._met.values()), "<u2", len(self._met)).tobytes()
-        body = b"".join((_COUNT.pack(len(self._met)), *self._met, lengths, *self._met.values()))
+        lengths = np.fromiter(map(len, met.values()), "<u2", len(met)).tobytes()
+        body = b"".join((_COUNT.pack(len(met)), *met, lengths, *met.values()))
         head = _HEAD.pack(MAGIC, VERSION, xxhash.xxh3_128_digest(body))
         with contextlib.suppress(OSError):  # where it cannot be written, the next scan takes longer, nothing else
             self._path.parent.mkdir(exist_ok=True)

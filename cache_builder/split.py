@@ -68,8 +68,9 @@ def _follow_near_copies(
         index = frontier.pop()
         at, reach = place[index], alike[index] + ROUNDING
         first, last = np.searchsorted(brightness, (brightness[at] - reach, brightness[at] + reach))
-        near = first + np.flatnonzero(np.abs(mean[first:last] - mean[at]).mean(axis=1) <= reach)
-        near = order[near[np.bitwise_count(hashes[near] ^ hashes[at]) <= NEAR_BITS]]
+        # Bits first: a window grows with the data set, and they cost a tenth of what the means do.
+        near = first + np.flatnonzero(np.bitwise_count(hashes[first:last] ^ hashes[at]) <= NEAR_BITS)
+        near = order[near[np.abs(mean[near] - mean[at]).mean(axis=1) <= reach]]
         near = near[~chosen[near]]
         difference = np.abs(thumbs[near].astype(np.int16) - thumbs[index]).mean(axis=(1, 2, 3))
         copies = near[difference <= np.minimum(alike[near], alike[index])]
