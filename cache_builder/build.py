@@ -4,8 +4,10 @@ The store grows in commits of one batch; the manifest is sealed at the end, from
 build of the same pictures finds every key there, loads no weights and seals the same digest.
 """
 
+import contextlib
+import gc
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +44,8 @@ class BuildOptions:
     allow_shrink: bool = False
     prompts: Sequence[str] = ()
     """Further texts to embed as they are, each once; the manifest lists their keys."""
+    rehash: bool = False
+    """Whether files are read that have not changed since the last build, by their size, times and inode."""
 
 
 def build(sources: Sequence[Source], model: Path, config: BuildConfig, options: BuildOptions) -> BuildReport:
@@ -57,10 +61,10 @@ def build(sources: Sequence[Source], model: Path, config: BuildConfig, options: 
     index = read_json_object(model / "model_index.json")
     datasets = tuple(sorted({source.dataset_id for source in sources}))
     check_data_sets(options.store, options.manifest, datasets, replace=options.replace)
-    with StoreWriter(options.store, wait=options.wait) as store:
+    with _few_full_collections(), StoreWriter(options.store, wait=options.wait) as store:
         vae, text = read_vae_facts(model), read_text_facts(model)
         dtype = _encode_dtype(config, vae, options.device)
-        scanner = Scanner(config, vae.digest, dtype, report)
+        scanner = Scanner(config, vae.digest, dtype, report, memory=options.store, rehash=options.rehash)
         samples = scanner.scan(sources, store)
         meta = meta_types(samples)
         encoder = SampleEncoder(model, options.device, dtype, config.encode.latents, config.text.chunks)
@@ -80,6 +84,17 @@ def build(sources: Sequence[Source], model: Path, config: BuildConfig, options: 
     report.check()
     report.seconds = time.monotonic() - started_s
     return report
+
+
+@contextlib.contextmanager
+def _few_full_collections() -> Iterator[None]:
+    """Python looks at all objects again and again for garbage; those of a build live to its end, a million and more."""
+    before = gc.get_threshold()
+    gc.set_threshold(before[0], before[1], 1000)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
 
 
 def _encode_dtype(config: BuildConfig, vae: VaeFacts, device: str) -> EncodeDtype:

@@ -105,8 +105,11 @@ class CaptionRules(Config):
 def parse_caption(data: bytes, rules: CaptionRules) -> tuple[str, ...]:
     """The captions in `data`, at most 64 KiB of UTF-8, without repetitions; () if there is none; raises DataError."""
     text = _decode(data)
-    lines = [" ".join(text.split())] if rules.lines == "whole" else [line.strip() for line in _LINE_END.split(text)]
-    captions = tuple(dict.fromkeys(line for line in lines if line))
+    if rules.lines == "whole":
+        text = " ".join(text.split())
+    if "\n" not in text and "\r" not in text:  # nearly every caption file, and most of what reading one costs
+        return (line,) if (line := text.strip()) else ()
+    captions = tuple(dict.fromkeys(line for part in _LINE_END.split(text) if (line := part.strip())))
     return captions[:1] if rules.lines == "first" else captions
 
 

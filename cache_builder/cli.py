@@ -27,6 +27,8 @@ Wait = Annotated[bool, typer.Option("--wait", help="Wait for another build of th
 Replace = Annotated[bool, typer.Option("--replace", help="Let the manifest's name go over to other data sets.")]
 Shrink = Annotated[bool, typer.Option("--allow-shrink", help="Let the manifest lose more than a tenth of its samples.")]
 
+Rehash = Annotated[bool, typer.Option("--rehash", help="Read every file, also those that have not changed.")]
+
 
 def _cache_build(
     store: StorePath,
@@ -43,6 +45,7 @@ def _cache_build(
     wait: Wait = False,
     replace: Replace = False,
     allow_shrink: Shrink = False,
+    rehash: Rehash = False,
 ) -> None:
     """Encode captioned pictures, FOLDER or the data sets of --config, into a store, once; reuse what is stored."""
     from cache_builder.build import BuildOptions, build
@@ -58,7 +61,7 @@ def _cache_build(
     settings = choose_datasets(settings, folder, dataset)
     sources = open_sources(settings.datasets)
     model_folder = resolve_model(model, ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
-    options = BuildOptions(store, manifest, device, wait, replace, allow_shrink, texts)
+    options = BuildOptions(store, manifest, device, wait, replace, allow_shrink, texts, rehash)
     report = build(sources, model_folder, settings, options)
     typer.echo(json.dumps(report.as_json(), indent=1) if as_json else report.as_text())
 

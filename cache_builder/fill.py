@@ -138,9 +138,9 @@ class Filler:
 
     def _missing_captions(self, keys: dict[str, bytes]) -> list[str]:
         """Captions of which a record is missing."""
-        wanted = {key for text in keys.values() for key in (text, text_facts_key(text))}
-        stored = self._stored(wanted)
-        return [c for c, key in keys.items() if key not in stored or text_facts_key(key) not in stored]
+        stored, facts = self._stored(keys.values()), {c: text_facts_key(key) for c, key in keys.items()}
+        stored_facts = self._stored(facts.values())
+        return [c for c, key in keys.items() if key not in stored or facts[c] not in stored_facts]
 
     def _count_truncated(self, keys: Sequence[bytes]) -> int:
         count = 0

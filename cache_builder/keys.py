@@ -3,7 +3,9 @@
 A changed byte of picture, caption, weights or pixel rule changes just the keys that depend on it.
 """
 
+import functools
 import hashlib
+import threading
 from collections.abc import Mapping
 from dataclasses import astuple
 from typing import Any
@@ -15,6 +17,7 @@ from cache_builder.pixels import PIXELS_VERSION, PixelRules
 
 KEY_FORMAT = 1
 STORED_DTYPE = "float16"
+_packers = threading.local()  # a packer is for one thread, and a new one for each key costs more than the packing
 
 
 def image_digest(data: bytes) -> bytes:
@@ -24,14 +27,15 @@ def image_digest(data: bytes) -> bytes:
 
 def facts_key(digest: bytes, rules: PixelRules) -> bytes:
     """Key of what is known of a picture before it is cropped: its size and its thumbnail."""
-    return _key("facts", PIXELS_VERSION, digest, astuple(rules))
+    return _key("facts", PIXELS_VERSION, digest, _rules(rules))
 
 
 def latent_key(
     digest: bytes, plan: CropPlan, rules: PixelRules, vae_digest: str, encode_dtype: str, latents: str
 ) -> bytes:
     """Key of the latents of one crop of a picture."""
-    fields = (digest, astuple(plan), PIXELS_VERSION, astuple(rules), vae_digest, encode_dtype, STORED_DTYPE, latents)
+    cut = (plan.resize_hw, plan.box_top, plan.box_left, plan.target_hw, plan.flip)
+    fields = (digest, cut, PIXELS_VERSION, _rules(rules), vae_digest, encode_dtype, STORED_DTYPE, latents)
     return _key("latents", *fields)
 
 
@@ -60,6 +64,11 @@ def tag_draw(seed: int, digest: bytes, caption: str, variant: int, tag: int) -> 
     return _two_draws(_key("tag", seed, digest, caption.encode(), variant, tag))
 
 
+@functools.lru_cache(maxsize=64)  # of millions of keys in a build, all but a few name the same rules
+def _rules(rules: PixelRules) -> tuple[Any, ...]:
+    return astuple(rules)
+
+
 def _two_draws(bits: bytes) -> tuple[float, float]:
     return int.from_bytes(bits[:6], "big") / 2**48, int.from_bytes(bits[6:12], "big") / 2**48
 
@@ -69,6 +78,12 @@ def subset_rank(seed: int, digest: bytes) -> bytes:
     return _key("subset", seed, digest)
 
 
+def _pack(fields: tuple[Any, ...]) -> bytes:
+    packer = getattr(_packers, "packer", None)
+    if packer is None:
+        packer = _packers.packer = msgpack.Packer(use_bin_type=True)
+    return bytes(packer.pack(fields))
+
+
 def _key(*fields: Any) -> bytes:
-    message = msgpack.packb([KEY_FORMAT, *fields], use_bin_type=True)
-    return hashlib.blake2b(message, digest_size=16).digest()
+    return hashlib.blake2b(_pack((KEY_FORMAT, *fields)), digest_size=16).digest()

@@ -1,27 +1,30 @@
 """The first pass of a build: everything that is seen becomes a sample with its keys, or is counted with its reason.
 
-source.scan() -> read -> digest -> size -> bucket -> crop plans -> latent keys; captions -> texts -> text keys
+source.scan() -> look.py: digest, size -> bucket -> crop plans -> latent keys; captions -> texts -> text keys
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from cache_builder.advice import caption_place, nothing_found
 from cache_builder.buckets import CropPlan, Size, enlargement, make_buckets, nearest_bucket, own_bucket, plan_crop
 from cache_builder.config import BuildConfig, ImageRules
-from cache_builder.keys import crop_draw, facts_key, image_digest, latent_key, subset_rank
-from cache_builder.pixels import PictureError, PixelLimits, PixelRules, read_size
+from cache_builder.keys import crop_draw, latent_key, subset_rank
+from cache_builder.look import Looker, Seen, look_at
+from cache_builder.pixels import PictureError, PixelLimits, PixelRules
 from cache_builder.report import BuildReport
+from cache_builder.scan_cache import ScanCache, cache_path
 from cache_builder.skip import reason_to_skip
-from cache_builder.sources import Found, MetaValue, Skipped, Source
+from cache_builder.sources import Found, MetaValue, Remembering, Skipped, Source
 from cache_builder.split import Thumbnail
 from cache_builder.texts import filter_captions, says_a_side, write_texts
-from shared.errors import DataError, RecordCorrupt
-from shared.store import Snapshot, Store
+from shared.errors import DataError
+from shared.store import Store
 from shared.vae import EncodeDtype
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class PlannedCrop:
     """One crop of a picture and the key of its latents."""
 
@@ -29,7 +32,7 @@ class PlannedCrop:
     latent_key: bytes
 
 
-@dataclass
+@dataclass(slots=True)
 class Sample:
     """A picture of one data set with all that its row in the manifest needs."""
 
@@ -43,7 +46,7 @@ class Sample:
     facts_key: bytes
     rules: PixelRules
     limits: PixelLimits
-    meta: dict[str, MetaValue]
+    meta: Mapping[str, MetaValue]
     thumbnail: Thumbnail | None = None
     """None until the picture has been decoded, in this build or an earlier one."""
 
@@ -58,12 +61,18 @@ class Scanner:
     report: BuildReport
     without_caption: list[str] = field(default_factory=list)
     caption_places: dict[str, None] = field(default_factory=dict)
+    memory: Path | None = None
+    """The store whose scan caches say which files need not be read again; None where every file is read."""
+    rehash: bool = False
+    """Whether every file is read all the same, and remembered."""
 
     def __post_init__(self) -> None:
         images = self.config.images
         self.pixel_rules = PixelRules(images.background, images.resample)
         self.limits = PixelLimits(images.max_pixels, images.max_bytes)
         self.buckets = _buckets(images)
+        self._nearest: dict[Size, Size] = {}
+        self._plans_of_size: dict[Size, list[CropPlan]] = {}
 
     def scan(self, sources: Sequence[Source], store: Store) -> list[Sample]:
         """All samples of `sources`, in order; raises DataError where there is nothing to train on."""
@@ -82,23 +91,30 @@ class Scanner:
 
     def _scan_source(self, source: Source, store: Store) -> list[Sample]:
         known: dict[bytes, Sample] = {}
-        for item in source.scan():
-            self.report.seen += 1
-            if isinstance(item, Skipped):
-                self.report.skipped[item.reason] += 1
-                continue
-            captions = self._captions(item)
-            if captions is None:
-                continue
+        cache = ScanCache(self.memory and cache_path(self.memory, source.dataset_id), rehash=self.rehash)
+        if isinstance(source, Remembering):
+            source.cache = cache
+        looker = Looker(self.pixel_rules, self.limits, store, cache)
+        for (item, captions), look in look_at(looker, self._wanted(source), self.config.encode.threads):
             try:
-                self._add(known, source.dataset_id, item, captions, store)
+                self._add(known, source.dataset_id, item, captions, look())
             except DataError as error:
                 self.report.quarantined.append((item.path, str(error)))
+        cache.save()
         samples = self._some(known)
         for sample in samples:
             self._mirror(sample)
             self._note_enlargement(enlargement(sample.original_hw, sample.crops[0].plan.target_hw))
         return samples
+
+    def _wanted(self, source: Source) -> Iterator[tuple[Found, tuple[str, ...]]]:
+        """The pictures that are to be read, with their captions; the others are counted."""
+        for item in source.scan():
+            self.report.seen += 1
+            if isinstance(item, Skipped):
+                self.report.skipped[item.reason] += 1
+            elif (captions := self._captions(item)) is not None:
+                yield item, captions
 
     def _captions(self, item: Found) -> tuple[str, ...] | None:
         """The captions that the rules leave, ("",) for the empty one; None where the picture is left out."""
@@ -114,18 +130,15 @@ class Scanner:
         return None
 
     def _add(
-        self, known: dict[bytes, Sample], dataset: str, item: Found, captions: tuple[str, ...], store: Store
+        self, known: dict[bytes, Sample], dataset: str, item: Found, captions: tuple[str, ...], seen: Seen
     ) -> None:
-        data = item.read()
-        digest = image_digest(data)
+        digest, size_hw = seen.digest, seen.size_hw
         texts = write_texts(captions, self.config.captions, self.config.seed, digest)
         if digest in known:  # the same bytes under another name: one sample with the captions of both
             known[digest].captions = list(dict.fromkeys([*known[digest].captions, *texts]))
             known[digest].meta = {**item.meta, **known[digest].meta}
             self.report.duplicate += 1
             return
-        with store.snapshot() as snapshot:
-            size_hw, thumbnail = self._facts(digest, data, snapshot)
         bucket_hw = self._bucket(size_hw)
         if reason := self._reason_to_skip(size_hw, bucket_hw):
             self.report.skipped[reason] += 1
@@ -138,11 +151,11 @@ class Scanner:
             captions=texts,
             original_hw=size_hw,
             crops=[self._planned(digest, plan) for plan in self._plans(digest, size_hw, bucket_hw)],
-            facts_key=facts_key(digest, self.pixel_rules),
+            facts_key=seen.facts_key,
             rules=self.pixel_rules,
             limits=self.limits,
-            meta=dict(item.meta),
-            thumbnail=thumbnail,
+            meta=item.meta,
+            thumbnail=seen.thumbnail,
         )
 
     def _some(self, known: dict[bytes, Sample]) -> list[Sample]:
@@ -169,21 +182,12 @@ class Scanner:
         self.report.enlarged += factor > 1
         self.report.most_enlarged = max(self.report.most_enlarged, factor)
 
-    def _facts(self, digest: bytes, data: bytes, snapshot: Snapshot) -> tuple[tuple[int, int], Thumbnail | None]:
-        key = facts_key(digest, self.pixel_rules)
-        if snapshot.has(key):
-            try:
-                record = snapshot.read(key)
-                height, width = record.meta["original_hw"]
-                return (height, width), record.tensors["thumbnail"]
-            except RecordCorrupt:
-                pass  # it can be found out again
-        return read_size(data, self.limits), None
-
     def _bucket(self, size_hw: Size) -> Size:
         if self.config.images.crop == "off":
             return own_bucket(size_hw, self.config.images.resolution, self.config.images.resolution_type)
-        return nearest_bucket(size_hw, self.buckets)
+        if size_hw not in self._nearest:
+            self._nearest[size_hw] = nearest_bucket(size_hw, self.buckets)
+        return self._nearest[size_hw]
 
     def _reason_to_skip(self, size_hw: Size, bucket_hw: Size) -> str | None:
         images = self.config.images
@@ -197,6 +201,13 @@ class Scanner:
         if max(height, width) > 64 * min(height, width):
             raise PictureError(f"{height} x {width} px is too long and thin for any bucket")
         images = self.config.images
+        if images.crop not in ("random", "corner"):  # one plan for all pictures of a size
+            if size_hw not in self._plans_of_size:
+                plan = plan_crop(
+                    size_hw, bucket_hw, images.crop, downsample_px=images.downsample_to, measure=images.resolution_type
+                )
+                self._plans_of_size[size_hw] = [plan]
+            return self._plans_of_size[size_hw]
         plans = [
             plan_crop(
                 size_hw,

@@ -56,10 +56,8 @@ def _follow_near_copies(
 
     Copies are alike in brightness too, so only a window of all pictures in order of brightness is looked at.
     """
-    mean = np.concatenate([part.mean(axis=(1, 2), dtype=np.float32) for part in _parts(thumbs)])  # [N, 3]
-    contrast = np.concatenate(
-        [np.abs(part - part.mean((1, 2), np.float32, keepdims=True)).mean((1, 2, 3)) for part in _parts(thumbs)]
-    )
+    mean = np.concatenate([_mean(part) for part in _parts(thumbs)])  # [N, 3]
+    contrast = np.concatenate([np.abs(part - _mean(part)[:, None, None]).mean((1, 2, 3)) for part in _parts(thumbs)])
     alike = np.minimum(NEAR_LEVELS, NEAR_NOISE + NEAR_SHARE * contrast)
     order = np.argsort(mean.mean(axis=1), kind="stable")
     brightness, mean, hashes = mean.mean(axis=1)[order], mean[order], hashes[order]
@@ -70,13 +68,21 @@ def _follow_near_copies(
         index = frontier.pop()
         at, reach = place[index], alike[index] + ROUNDING
         first, last = np.searchsorted(brightness, (brightness[at] - reach, brightness[at] + reach))
-        near = first + np.flatnonzero(np.abs(mean[first:last] - mean[at]).mean(axis=1) <= reach)
-        near = order[near[np.bitwise_count(hashes[near] ^ hashes[at]) <= NEAR_BITS]]
+        # Bits first: a window grows with the data set, and they cost a tenth of what the means do.
+        near = first + np.flatnonzero(np.bitwise_count(hashes[first:last] ^ hashes[at]) <= NEAR_BITS)
+        near = order[near[np.abs(mean[near] - mean[at]).mean(axis=1) <= reach]]
         near = near[~chosen[near]]
         difference = np.abs(thumbs[near].astype(np.int16) - thumbs[index]).mean(axis=(1, 2, 3))
         copies = near[difference <= np.minimum(alike[near], alike[index])]
         chosen[copies] = True
         frontier += list(copies)
+
+
+def _mean(thumbs: Thumbnail) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """Mean colour of each thumbnail, [N, 3]: a product of matrices, exact in float32, in a tenth of mean's time."""
+    pixels = thumbs.shape[1] * thumbs.shape[2]
+    summing = np.tile(np.eye(3, dtype=np.float32), (pixels, 1))
+    return (thumbs.reshape(len(thumbs), -1).astype(np.float32) @ summing) / np.float32(pixels)
 
 
 def _parts(thumbs: Thumbnail) -> Iterator[Thumbnail]:

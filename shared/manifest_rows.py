@@ -88,7 +88,7 @@ class ManifestSettings(BaseModel):
         return self.model_dump(mode="json", exclude_defaults=True)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Variant:
     """One crop of a sample: its record and its micro-conditioning; pixels of the resized picture, (h, w)."""
 
@@ -98,7 +98,7 @@ class Variant:
     target_hw: tuple[int, int]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ManifestRow:
     """One sample: a picture of one data set with its variants and texts."""
 

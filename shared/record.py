@@ -13,6 +13,7 @@
 Integers little-endian. Version history: 1 (2026), the first. A reader refuses versions it does not know.
 """
 
+import functools
 import math
 import struct
 from collections.abc import Iterable, Mapping
@@ -29,6 +30,7 @@ MAGIC = b"SXRC"
 FRAME_VERSION = 1
 KEY_BYTES = 16
 ALIGNMENT = 64
+SHORT_BYTES = 160
 _PREFIX = struct.Struct("<4sHHII16s")
 _HEADER_AT = _PREFIX.size + 16
 _DTYPES = {name: np.dtype(name).newbyteorder("<") for name in ("float16", "float32", "uint8", "int64")}
@@ -97,17 +99,24 @@ def _verify_frame(key: bytes, view: memoryview) -> tuple[int, int]:
 
 
 def _unpack_header(key: bytes, header: memoryview) -> dict[str, Any]:
-    unpacker = msgpack.Unpacker(
-        raw=False, strict_map_key=True, object_pairs_hook=_unique, ext_hook=_refuse_ext, max_ext_len=0, **_LIMITS
-    )
-    unpacker.feed(header)
     try:
-        unpacked = unpacker.unpack()
+        unpacked = _unpack_short(bytes(header)) if len(header) <= SHORT_BYTES else _unpack(header)
     except (ValueError, TypeError, msgpack.UnpackException) as error:
         raise _corrupt(key, f"its header is not msgpack ({error})") from None
     if not isinstance(unpacked, dict):
         raise _corrupt(key, "its header is not a map")
     return unpacked
+
+
+def _unpack(header: bytes | memoryview) -> Any:
+    unpacker = msgpack.Unpacker(
+        raw=False, strict_map_key=True, object_pairs_hook=_unique, ext_hook=_refuse_ext, max_ext_len=0, **_LIMITS
+    )
+    unpacker.feed(header)
+    return unpacker.unpack()
+
+
+_unpack_short = functools.lru_cache(maxsize=1024)(_unpack)  # no caption in it, so that many records have the same
 
 
 def _tensor(

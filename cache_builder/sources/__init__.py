@@ -7,11 +7,12 @@ one or the other, so that what was seen is accounted for; other files are only t
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
+from cache_builder.scan_cache import ScanCache, State
 from shared.manifest_rows import MetaValue
 
-__all__ = ["Found", "MetaValue", "Skipped", "Source"]
+__all__ = ["Found", "MetaValue", "Remembering", "Skipped", "Source"]
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,9 @@ class Found:
     meta: Mapping[str, MetaValue] = field(default_factory=dict)
     """What else is known of it, by column."""
 
+    look: Callable[[], State] | None = None
+    """What changes when the file that its bytes come from does; None where only reading tells. Raises OSError."""
+
 
 @dataclass(frozen=True)
 class Skipped:
@@ -36,6 +40,14 @@ class Skipped:
 
     path: str
     reason: str
+
+
+@runtime_checkable
+class Remembering(Protocol):
+    """A source that need not read again what a scan cache knows of its files."""
+
+    cache: ScanCache
+    """Asked and told by the next scan."""
 
 
 class Source(Protocol):

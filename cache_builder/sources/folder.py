@@ -14,12 +14,15 @@ from pathlib import Path
 
 from cache_builder.captions import MAX_CAPTION_BYTES, CaptionRules, parse_caption
 from cache_builder.pixels import EXTENSIONS
-from cache_builder.sources import Found, Skipped
+from cache_builder.scan_cache import ScanCache, file_state, read_remembered
+from cache_builder.sources import Found, MetaValue, Skipped
 from cache_builder.sources.columns import Complaints, name_caption
 from cache_builder.sources.files import entry_kind, list_folder, printable, read_regular, tally_key
 from cache_builder.sources.metadata import Entry, read_metadata
 from cache_builder.sources.rules import SourceRules
 from shared.errors import DataError
+
+_NO_META: dict[str, MetaValue] = {}
 
 
 class FolderSource:
@@ -41,6 +44,7 @@ class FolderSource:
         self._max_bytes = max_bytes
         self._rules = rules
         self._entries: dict[str, list[Entry]] = {}
+        self.cache = ScanCache()
 
     def scan(self) -> Iterator[Found | Skipped]:
         """Everything under the root that is a picture by its name, sorted by path; raises DataError at once."""
@@ -70,18 +74,17 @@ class FolderSource:
     def _items(self, entries: list[os.DirEntry[str]], prefix: str) -> Iterator[Found | Skipped | str]:
         """One folder's pictures and, as plain strings, its sub-folders."""
         by_name = {entry.name: entry for entry in entries}
-        sidecars = {e.name: s for e in entries if _is_picture(e.name) and (s := self._sidecar_name(e.name, by_name))}
+        sidecars = {name: s for name in by_name if _is_picture(name) and (s := self._sidecar_name(name, by_name))}
         metadata = next((name for name in self._rules.metadata if name in by_name), None)
         if metadata is not None:
             yield from self._load(by_name[metadata], prefix + metadata)
         in_use = {*sidecars.values(), metadata}
-        for entry in entries:
-            name = entry.name
+        for name, entry in by_name.items():
             if name.startswith("."):
                 self.passed_over["(hidden)"] += 1
             elif entry_kind(entry) == "folder":
                 yield prefix + name
-            elif _is_picture(name):
+            elif name in sidecars or _is_picture(name):
                 for row in self._entries.pop(prefix + name, [None]):
                     yield self._picture(entry, prefix + name, by_name.get(sidecars.get(name, "")), row)
             elif name not in in_use:
@@ -122,7 +125,7 @@ class FolderSource:
         except DataError as error:
             return Skipped(path, str(error))
         read = partial(read_regular, entry.path, self._max_bytes)
-        return Found(path, captions, read, row.meta if row else {})
+        return Found(path, captions, read, row.meta if row else _NO_META, partial(file_state, entry.path))
 
     def _captions(self, path: str, sidecar: os.DirEntry[str] | None, row: Entry | None) -> tuple[str, ...]:
         if row and row.captions:
@@ -134,7 +137,10 @@ class FolderSource:
         try:
             if (kind := entry_kind(sidecar)) != "file":
                 raise DataError(kind)
-            return parse_caption(read_regular(sidecar.path, MAX_CAPTION_BYTES), self._caption_rules) or ("",)
+            look, read = partial(file_state, sidecar.path), partial(read_regular, sidecar.path, MAX_CAPTION_BYTES)
+            below = path.rpartition("/")[0] + "/" + sidecar.name
+            data = read_remembered(self.cache, "caption", below, look, read)
+            return parse_caption(data, self._caption_rules) or ("",)
         except DataError as error:
             raise DataError(f"caption: {error}") from None
 

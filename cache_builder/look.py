@@ -1,0 +1,112 @@
+"""One look at each picture of a scan: its digest and size, from what is known of it or from its bytes.
+
+source.scan() -> look_at -> Seen, in the order of the source -> scan.py
+
+What the scan cache knows is not opened. Of the rest, large files are read and hashed in threads (reading and hashing
+let other threads run), small ones at once: handing one over costs more than it saves.
+"""
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
+
+from cache_builder.keys import facts_key, image_digest
+from cache_builder.pixels import PixelLimits, PixelRules, read_size
+from cache_builder.scan_cache import ScanCache, State
+from cache_builder.sources import Found
+from cache_builder.split import Thumbnail
+from shared.errors import RecordCorrupt
+from shared.store import Snapshot, Store
+
+FILES_AT_ONCE = 256  # looked up in one read transaction
+WORTH_A_THREAD_BYTES = 64 << 10
+
+T = TypeVar("T")
+Facts = tuple[tuple[int, int], Thumbnail]
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What a scan needs of one picture; without a thumbnail where no build has decoded it yet."""
+
+    digest: bytes
+    facts_key: bytes
+    size_hw: tuple[int, int]
+    thumbnail: Thumbnail | None
+
+
+@dataclass(frozen=True)
+class Looker:
+    """Looks at pictures under one set of rules."""
+
+    rules: PixelRules
+    limits: PixelLimits
+    store: Store
+    cache: ScanCache
+
+    def remembered(self, items: Sequence[Found]) -> list[tuple[State | None, Seen | None]]:
+        """For each picture its file's state, and what is known of it without its bytes, if all is."""
+        states = [_state(item) for item in items]
+        with self.store.snapshot() as snapshot:
+            return [(state, self._known(item, state, snapshot)) for item, state in zip(items, states, strict=True)]
+
+    def read(self, item: Found, state: State | None) -> Seen:
+        """What the bytes of a picture say; raises DataError."""
+        data = item.read()
+        digest = image_digest(data)
+        key = facts_key(digest, self.rules)
+        with self.store.snapshot() as snapshot:
+            facts = _facts(key, snapshot)
+        size_hw, thumbnail = facts or (read_size(data, self.limits), None)
+        if state is not None and (after := _state(item)) is not None:
+            self.cache.put("picture", item.path, state, after, digest)
+        return Seen(digest, key, size_hw, thumbnail)
+
+    def _known(self, item: Found, state: State | None, snapshot: Snapshot) -> Seen | None:
+        if state is None or (digest := self.cache.get("picture", item.path, state)) is None:
+            return None
+        key = facts_key(digest, self.rules)
+        facts = _facts(key, snapshot)
+        return Seen(digest, key, *facts) if facts else None
+
+
+def look_at(
+    looker: Looker, items: Iterable[tuple[Found, T]], threads: int
+) -> Iterator[tuple[tuple[Found, T], Callable[[], Seen]]]:
+    """Each item, in order, with a call that gives what is seen of it or raises DataError."""
+    rest = iter(items)
+    with ThreadPoolExecutor(threads) as pool:  # which starts none before there is work
+        while batch := list(itertools.islice(rest, FILES_AT_ONCE)):
+            looks: list[Callable[[], Seen]] = []
+            for (item, _), (state, seen) in zip(batch, looker.remembered([item for item, _ in batch]), strict=True):
+                if seen is not None:
+                    looks.append(partial(_same, seen))
+                elif state is not None and state[0] < WORTH_A_THREAD_BYTES:
+                    looks.append(partial(looker.read, item, state))
+                else:
+                    looks.append(pool.submit(looker.read, item, state).result)
+            yield from zip(batch, looks, strict=True)
+
+
+def _same(seen: Seen) -> Seen:
+    return seen
+
+
+def _state(item: Found) -> State | None:
+    try:
+        return item.look() if item.look else None
+    except OSError:
+        return None  # reading it says why
+
+
+def _facts(key: bytes, snapshot: Snapshot) -> Facts | None:
+    """What an earlier build found out of a picture; None where it has to be found out."""
+    try:
+        record = snapshot.read(key)
+        height, width = record.meta["original_hw"]
+        return (height, width), record.tensors["thumbnail"].copy()  # not all of its record
+    except RecordCorrupt:  # or absent
+        return None
