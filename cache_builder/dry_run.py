@@ -96,8 +96,9 @@ def dry_run(
             return report.refused(refusals.errors)
         todo = find_todo(store, samples, options.prompts, config, text)
         _count_captions(report.account, store, samples, todo, options.prompts, _Captions(model, config, text))
-    encoder = SampleEncoder(model, options.device, dtype, config.encode.latents, config.text.chunks)
-    lost = _look_closer(report, todo, config, encoder, how)
+    devices = options.device.split(",")
+    encoder = SampleEncoder(model, devices[0].strip(), dtype, config.encode.latents, config.text.chunks)
+    lost = _look_closer(report, todo, config, encoder, len(devices), how)
     left = todo.without(lost)
     report.bytes_to_write = left.bytes_to_write(config, text, vae)
     with refusals.noted():
@@ -144,7 +145,7 @@ def _count_captions(
 
 
 def _look_closer(
-    report: DryRunReport, todo: Todo, config: BuildConfig, encoder: SampleEncoder, how: DryRunOptions
+    report: DryRunReport, todo: Todo, config: BuildConfig, encoder: SampleEncoder, devices: int, how: DryRunOptions
 ) -> dict[bytes, str]:
     """Decode and time what was asked for; returns why what picture, by its facts key, cannot be used."""
     lost: dict[bytes, str] = {}
@@ -154,7 +155,7 @@ def _look_closer(
         report.decoded = len(todo.pictures)
     left = todo.without(lost)
     if how.timing and (left.captions or left.pictures):
-        report.timing, more = rehearse(left, config, encoder)
+        report.timing, more = rehearse(left, config, encoder, devices)
         lost |= more
     return lost
 

@@ -48,8 +48,11 @@ def decode_pictures(pictures: Sequence[tuple[Sample, list[PlannedCrop]]], thread
     return lost
 
 
-def rehearse(todo: Todo, config: BuildConfig, encoder: SampleEncoder) -> tuple[Timing, dict[bytes, str]]:
-    """Time a sample of `todo`; also returns why what picture, by its facts key, could not be decoded for it."""
+def rehearse(todo: Todo, config: BuildConfig, encoder: SampleEncoder, devices: int) -> tuple[Timing, dict[bytes, str]]:
+    """Time a sample of `todo`, of which as many `devices` will share the work; also what could not be decoded, and why.
+
+    The second is by facts keys.
+    """
     texts = todo.captions[: config.encode.text_batch]
     load_s = caption_s = crop_s = 0.0
     count = 0
@@ -61,10 +64,10 @@ def rehearse(todo: Todo, config: BuildConfig, encoder: SampleEncoder) -> tuple[T
     if crops:
         load_s += _timed(lambda: encoder.encode_crops(crops[:1]))
         count, crop_s = _time_crops(crops, encoder)
-    needed_s = load_s + caption_s * len(todo.captions)
+    needed_s = load_s + caption_s * len(todo.captions) / devices
     if crops:
         area = sum(c.plan.target_hw[0] * c.plan.target_hw[1] for _, c in todo.crops) / crops[0].pixels[..., 0].size
-        needed_s += max(crop_s * area, decode_s * len(todo.crops) / config.encode.threads)
+        needed_s += max(crop_s * area / devices, decode_s * len(todo.crops) / config.encode.threads)
     return Timing(count, crop_s, decode_s, len(texts), caption_s, load_s, needed_s), lost
 
 
