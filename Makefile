@@ -1,6 +1,7 @@
 # make demo   the whole job on the small world, with nothing but Python 3.11+ and make on the machine
 # make bench  what we claim about speed, as ratios of one run (minutes)
 # make test   formatting, lint, types, import contracts and the default suite
+# make test-full  the long proofs too; SDXL_EXPERTS_PILLOW_SOURCE names Pillow's unpacked source where no index gives it
 PYTHON ?= python3
 BIN := .venv/bin
 OUT ?= demo-out

@@ -63,7 +63,7 @@ def build(sources: Sequence[Source], model: Path, config: BuildConfig, options: 
     check_data_sets(options.store, options.manifest, datasets, replace=options.replace)
     with _few_full_collections(), StoreWriter(options.store, wait=options.wait) as store:
         vae, text = read_vae_facts(model), read_text_facts(model)
-        dtype = _encode_dtype(config, vae, options.device)
+        dtype = encode_dtype(config, vae, options.device)
         scanner = Scanner(config, vae.digest, dtype, report, memory=options.store, rehash=options.rehash)
         samples = scanner.scan(sources, store)
         meta = meta_types(samples)
@@ -73,7 +73,7 @@ def build(sources: Sequence[Source], model: Path, config: BuildConfig, options: 
             null_key = filler.encode_captions(samples, text, options.prompts)
             usable = filler.encode_pictures(samples, vae)
         report.quarantined.sort()
-        _check_quarantine(config, report, usable)
+        check_quarantine(config, report, usable)
         split = held_out(config.split, [s.path for s in usable], [_known(s.thumbnail) for s in usable])
         report.held_out = sum(split)
         settings = _settings(config, vae, text, dtype, null_key, datasets, index, meta, options.prompts)
@@ -97,7 +97,8 @@ def _few_full_collections() -> Iterator[None]:
         gc.set_threshold(*before)
 
 
-def _encode_dtype(config: BuildConfig, vae: VaeFacts, device: str) -> EncodeDtype:
+def encode_dtype(config: BuildConfig, vae: VaeFacts, device: str) -> EncodeDtype:
+    """The dtype that the VAE of a build will run in."""
     if config.encode.dtype == "auto" and not vae.force_upcast and device != "cpu":
         from shared.device import choose_device
 
@@ -105,7 +106,8 @@ def _encode_dtype(config: BuildConfig, vae: VaeFacts, device: str) -> EncodeDtyp
     return choose_encode_dtype(config.encode.dtype, vae, device.partition(":")[0])
 
 
-def _check_quarantine(config: BuildConfig, report: BuildReport, usable: Sequence[Sample]) -> None:
+def check_quarantine(config: BuildConfig, report: BuildReport, usable: Sequence[Sample]) -> None:
+    """Raise DataError where nothing is usable, or more cannot be used than max_quarantined allows."""
     count = len(report.quarantined)
     if not usable or count > config.max_quarantined * report.seen:
         path, reason = report.quarantined[0]

@@ -28,6 +28,11 @@ Replace = Annotated[bool, typer.Option("--replace", help="Let the manifest's nam
 Shrink = Annotated[bool, typer.Option("--allow-shrink", help="Let the manifest lose more than a tenth of its samples.")]
 
 Rehash = Annotated[bool, typer.Option("--rehash", help="Read every file, also those that have not changed.")]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Write nothing; say what a build would do and if it would work.")
+]
+NoTiming = Annotated[bool, typer.Option("--no-timing", help="With --dry-run: load no weights, time nothing.")]
+Decode = Annotated[bool, typer.Option("--decode", help="With --dry-run: decode every picture, to find damaged ones.")]
 
 
 def _cache_build(
@@ -46,15 +51,21 @@ def _cache_build(
     replace: Replace = False,
     allow_shrink: Shrink = False,
     rehash: Rehash = False,
+    dry_run: DryRun = False,
+    no_timing: NoTiming = False,
+    decode: Decode = False,
 ) -> None:
     """Encode captioned pictures, FOLDER or the data sets of --config, into a store, once; reuse what is stored."""
     from cache_builder.build import BuildOptions, build
     from cache_builder.config import BuildConfig
     from cache_builder.datasets import choose_datasets, open_sources
     from shared.config import load_config
+    from shared.errors import ConfigError
     from shared.model_folder import resolve_model
     from shared.prompts import read_prompts_file
 
+    if (no_timing or decode) and not dry_run:
+        raise ConfigError("--no-timing and --decode are for --dry-run")
     short = [] if resolution is None else [f"images.resolution={resolution}"]
     settings = load_config(BuildConfig, config or [], [*short, *(sets or [])])
     texts = tuple(dict.fromkeys(read_prompts_file(prompts))) if prompts else ()
@@ -62,6 +73,15 @@ def _cache_build(
     sources = open_sources(settings.datasets)
     model_folder = resolve_model(model, ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
     options = BuildOptions(store, manifest, device, wait, replace, allow_shrink, texts, rehash)
+    if dry_run:
+        from cache_builder import dry_run as rehearsed
+
+        how = rehearsed.DryRunOptions(timing=not no_timing, decode=decode)
+        foreseen = rehearsed.dry_run(sources, model_folder, settings, options, how)
+        typer.echo(json.dumps(foreseen.as_json(), indent=1) if as_json else foreseen.as_text())
+        for refusal in foreseen.refusals:
+            raise refusal
+        return
     report = build(sources, model_folder, settings, options)
     typer.echo(json.dumps(report.as_json(), indent=1) if as_json else report.as_text())
 

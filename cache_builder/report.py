@@ -93,6 +93,15 @@ class BuildReport:
             lines.append(f"prompts {self.prompts}, {self.truncated_prompts} cut short")
         if self.crops > self.stored + self.reused:
             lines.append(f"crops {self.crops}, {self.encoded_crops} encoded now")
+        lines += self.remarks()
+        if not self.stored and not self.encoded_captions:
+            lines.append("nothing to encode: every picture and caption was stored already, no weights were loaded")
+        lines.append(f"manifest {self.manifest} {self.digest[:16]} in {self.seconds:.1f} s")
+        return "\n".join(lines)
+
+    def remarks(self) -> list[str]:
+        """What of the pictures people should know, and what was left out and why, as indented lines."""
+        lines = []
         if self.enlarged:
             lines.append(f"  enlarged {self.enlarged}, at most {self.most_enlarged:.2f} times: they will look soft")
         if self.sided:
@@ -103,7 +112,4 @@ class BuildReport:
         lines += [f"  quarantined {one_line(path)}: {one_line(why)}" for path, why in self.quarantined[:LISTED]]
         if len(self.quarantined) > LISTED:
             lines.append(f"  and {len(self.quarantined) - LISTED} more (--json lists all)")
-        if not self.stored and not self.encoded_captions:
-            lines.append("nothing to encode: every picture and caption was stored already, no weights were loaded")
-        lines.append(f"manifest {self.manifest} {self.digest[:16]} in {self.seconds:.1f} s")
-        return "\n".join(lines)
+        return lines

@@ -176,6 +176,11 @@ def check_data_sets(store: Path, name: str, datasets: Sequence[str], *, replace:
     )
 
 
+def check_shrinking(store: Path, name: str, count: int, *, allow_shrink: bool) -> None:
+    """Require that NAME may be sealed with `count` rows; raises ManifestMismatch."""
+    _check_shrinking(_sound(store, name), count, allow_shrink)
+
+
 def list_manifests(store: Path) -> list[str]:
     """Names of the manifests in a store."""
     return sorted(path.parent.name for path in (store / "manifests").glob("*/current.json"))

@@ -74,6 +74,20 @@ def tokenizer_digest(folder: Path) -> str:
     return bytes_digest(json.dumps(part).encode() for part in parts)
 
 
+class TokenCounter:
+    """Counts the tokens of captions, by the first tokenizer: no weights are loaded."""
+
+    def __init__(self, model: Path, chunks: int = 1) -> None:
+        from transformers import CLIPTokenizer
+
+        self._tokenizer = CLIPTokenizer.from_pretrained(_folder(model, _TOKENIZERS[0]))
+        self._chunks = chunks
+
+    def count(self, captions: Sequence[str]) -> list[TokenCount]:
+        """Tokens of each of `captions`, and whether it is longer than the chunks hold."""
+        return [_token_count(self._tokenizer, caption, self._chunks) for caption in captions]
+
+
 class TextEncoders:
     """Both towers and their tokenizers on one device, for inference only."""
 
@@ -92,8 +106,7 @@ class TextEncoders:
 
     def count(self, caption: str) -> TokenCount:
         """Tokens of `caption`, and whether it is longer than the chunks hold."""
-        tokens = len(_token_ids(self._tokenizers[0], caption))
-        return TokenCount(tokens, tokens > self.chunks * (TEXT_LENGTH - 2))
+        return _token_count(self._tokenizers[0], caption, self.chunks)
 
     def encode(self, captions: Sequence[str]) -> "PromptEmbeds":
         """Embeds of `captions`: prompt_embeds fp32 [B, chunks * 77, d1 + d2], pooled fp32 [B, p].
@@ -130,6 +143,11 @@ class TextEncoders:
                 framed = [tokenizer.bos_token_id, *piece, tokenizer.eos_token_id]
                 rows.append(framed + [tokenizer.pad_token_id] * (TEXT_LENGTH - len(framed)))
         return torch.tensor(rows, dtype=torch.int64).view(len(captions), self.chunks, TEXT_LENGTH)
+
+
+def _token_count(tokenizer: Any, caption: str, chunks: int) -> TokenCount:
+    tokens = len(_token_ids(tokenizer, caption))
+    return TokenCount(tokens, tokens > chunks * (TEXT_LENGTH - 2))
 
 
 def _token_ids(tokenizer: Any, caption: str) -> list[int]:

@@ -28,12 +28,16 @@ class Columns:
     csv_types: Mapping[str, type] = field(default_factory=dict)
 
     def captions(self, values: Mapping[str, Any], picture: str) -> tuple[str, ...]:
-        """The captions of a row, or of the name of its `picture`; raises DataError."""
+        """The captions of a row, or of the name of its `picture`; ("",) for one that is empty; raises DataError."""
         if self.rules.captions_from == "name":
             return name_caption(picture, self.caption_rules)
-        value = first_filled(values, self.rules.caption_columns)
-        texts = value if isinstance(value, list | tuple) else [] if value is None else [value]
-        return parse_captions(texts, self.caption_rules)
+        names = self.rules.caption_columns
+        value = first_filled(values, names)
+        if value is None:
+            return ("",) if any(values.get(name) == "" for name in names) else ()
+        texts = value if isinstance(value, list | tuple) else [value]
+        is_there = any(text is not None for text in texts)
+        return parse_captions(texts, self.caption_rules) or (("",) if is_there else ())
 
     def meta(self, values: Mapping[str, Any]) -> dict[str, MetaValue]:
         """What travels along, by column; raises DataError."""
@@ -52,6 +56,11 @@ class Columns:
             return meta_value(value)
         except DataError as error:
             raise DataError(f"column {name[:100]!r}: {error}") from None
+
+
+def first_with_words(*found: tuple[str, ...]) -> tuple[str, ...]:
+    """The first captions that say something, else ("",) where any are there, else ()."""
+    return next((captions for captions in found if any(captions)), ()) or next(filter(None, found), ())
 
 
 def first_filled(values: Mapping[str, Any], names: Iterable[str]) -> Any:

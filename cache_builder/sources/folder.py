@@ -128,12 +128,13 @@ class FolderSource:
         return Found(path, captions, read, row.meta if row else _NO_META, partial(file_state, entry.path))
 
     def _captions(self, path: str, sidecar: os.DirEntry[str] | None, row: Entry | None) -> tuple[str, ...]:
-        if row and row.captions:
-            return row.captions
+        said = row.captions if row else ()
+        if any(said):
+            return said
         if self._rules.captions_from == "name":
             return name_caption(path, self._caption_rules)
         if sidecar is None:
-            return ()
+            return said
         try:
             if (kind := entry_kind(sidecar)) != "file":
                 raise DataError(kind)

@@ -20,7 +20,7 @@ from cache_builder.captions import MAX_CAPTION_BYTES, CaptionRules, parse_captio
 from cache_builder.pixels import EXTENSIONS
 from cache_builder.sources import Found, MetaValue, Skipped
 from cache_builder.sources.archive import Member, Refused, members
-from cache_builder.sources.columns import Columns, Complaints, name_caption
+from cache_builder.sources.columns import Columns, Complaints, first_with_words, name_caption
 from cache_builder.sources.files import find_shards, open_beneath, printable, read_span, relative_path
 from cache_builder.sources.rules import SourceRules
 from shared.errors import ConfigError, DataError
@@ -119,12 +119,12 @@ class WebDatasetSource:
                 if suffix == ".json":
                     values = _json_object(shard.text(item, MAX_JSON_BYTES))
                 else:
-                    captions = parse_caption(shard.text(item, MAX_CAPTION_BYTES), self._caption_rules)
+                    captions = parse_caption(shard.text(item, MAX_CAPTION_BYTES), self._caption_rules) or ("",)
             except DataError as error:
                 raise DataError(f"{'its .json' if suffix == '.json' else 'caption'}: {error}") from None
         if self._rules.captions_from == "name":
             captions = name_caption(name, self._caption_rules)
-        return captions or self._columns.captions(values, name), self._columns.meta(values)
+        return first_with_words(captions, self._columns.captions(values, name)), self._columns.meta(values)
 
 
 @dataclass(frozen=True)

@@ -104,19 +104,16 @@ def kill_and_go_on(kills: int, seed: int, place: Path, world: Undisturbed, model
     return met
 
 
+@pytest.mark.parametrize("kills", [25, pytest.param(500, marks=pytest.mark.slow)])
 def test_kills_lose_nothing_and_the_next_build_goes_on(
-    tmp_path: Path, undisturbed: Undisturbed, tiny_model: Path, commands: Any
+    tmp_path: Path, undisturbed: Undisturbed, tiny_model: Path, commands: Any, kills: int
 ) -> None:
-    assert kill_and_go_on(8, 0, tmp_path, undisturbed, tiny_model, commands) >= 4
-
-
-@pytest.mark.slow
-def test_five_hundred_kills(tmp_path: Path, undisturbed: Undisturbed, tiny_model: Path, commands: Any) -> None:
     met = seed = 0
-    while met < 500:
-        (tmp_path / str(seed)).mkdir()
-        met += kill_and_go_on(10, 1000 + seed, tmp_path / str(seed), undisturbed, tiny_model, commands)
-        shutil.rmtree(tmp_path / str(seed))
+    while met < kills:
+        place = tmp_path / str(seed)
+        place.mkdir()
+        met += kill_and_go_on(min(10, kills - met + 1), seed, place, undisturbed, tiny_model, commands)
+        shutil.rmtree(place)
         seed += 1
 
 
@@ -179,12 +176,13 @@ def test_readers_see_whole_records_while_a_build_goes_on(
     assert len(open_manifest(store, "main")) == COUNT
 
 
+@pytest.mark.parametrize("rivals", [3, pytest.param(50, marks=pytest.mark.slow)])
 def test_a_rival_is_refused_at_once_and_told_who_builds(
-    tmp_path: Path, undisturbed: Undisturbed, tiny_model: Path, commands: Any
+    tmp_path: Path, undisturbed: Undisturbed, tiny_model: Path, commands: Any, rivals: int
 ) -> None:
     store = tmp_path / "store"
     with StoreWriter(store):
-        for _ in range(2):
+        for _ in range(rivals):
             started_s = time.monotonic()
             done = commands.build(undisturbed.folder, store, tiny_model, *ONE_BY_ONE)
             assert time.monotonic() - started_s < 2

@@ -347,6 +347,8 @@ def huge() -> dict[str, bytes]:
     gif[6:10] = struct.pack("<HH", 65535, 65535)
     bmp = bytearray(save(picture(8, 8), "BMP"))
     bmp[18:26] = struct.pack("<ii", big, big)
+    long_bmp = bytearray(bmp)
+    long_bmp[18:26] = struct.pack("<ii", 1, 2**31 - 1)
     jpeg = bytearray(save(picture(8, 8), "JPEG"))
     start = jpeg.index(b"\xff\xc0") + 5
     jpeg[start : start + 4] = struct.pack(">HH", 65500, 65500)
@@ -357,16 +359,23 @@ def huge() -> dict[str, bytes]:
         "png just over": png(8000, 8001, 1, 0, b"\0" * 1001 * 8000),
         "gif": bytes(gif),
         "bmp": bytes(bmp),
+        "bmp, one column": bytes(long_bmp),
         "jpeg": bytes(jpeg),
         "webp": b"RIFF" + struct.pack("<I", len(body)) + body,
         "tiff": tiff(big, big, 8, b"\0" * 64),
         "text": png(8, 8, 1, 0, b"\0\0" * 8, chunk(b"zTXt", b"k\0\0" + zlib.compress(b"\0" * 300_000_000, 1))),
+        "international text": png(
+            8, 8, 1, 0, b"\0\0" * 8, chunk(b"iTXt", b"k\0\1\0\0\0" + zlib.compress(b"\0" * 300_000_000, 1))
+        ),
+        "wide": png(1, 2**31 - 1, 8, 2, b"\0" * 1000),
         "profile": png(8, 8, 1, 0, b"\0\0" * 8, chunk(b"iCCP", b"k\0\0" + zlib.compress(b"\0" * 99_000_000, 1))),
     }
 
 
 def test_bombs_are_refused_in_little_memory(tmp_path: Path) -> None:
-    for name, data in huge().items():
+    bombs = huge()
+    assert len(bombs) >= 12
+    for name, data in bombs.items():
         assert len(data) < 2_000_000
         (tmp_path / name).write_bytes(data)
     program = """if True:

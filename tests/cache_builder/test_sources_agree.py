@@ -1,6 +1,8 @@
 """Equal pictures and captions give equal samples and equal keys, whatever source they come from."""
 
 import io
+import json
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,10 @@ from cache_builder.datasets import open_sources
 from cache_builder.meta import meta_row, meta_types
 from cache_builder.report import BuildReport
 from cache_builder.scan import Scanner
+from cache_builder.sources import Found
 from shared.config import validate
 from shared.store import StoreWriter
-from tests.datasets import FORMS, Item, write_as
+from tests.datasets import FORMS, Item, add, write_as
 
 VAE = "ab" * 32
 PICTURES = [io.BytesIO() for _ in range(12)]
@@ -35,6 +38,39 @@ META = st.fixed_dictionaries(
         "artist": st.sampled_from(["Ann", "名 前", 'quote " and, comma', "007"]),
     },
 )
+
+
+def captions_in(form: str, root: Path, items: list[Item]) -> dict[str, tuple[str, ...]]:
+    """What a source of this form says of each picture, by its name."""
+    config = validate(BuildConfig, {"datasets": [{"id": "set", "root": str(write_as(form, root, items))}]})
+    (source,) = open_sources(config.datasets)
+    found = [item for item in source.scan() if isinstance(item, Found)]
+    return {item.name: each.captions for item, each in zip(items, found, strict=True)}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_no_caption_and_an_empty_one_are_told_apart(form: str, tmp_path: Path) -> None:
+    """An empty field of CSV is none: there is no other way to leave one out."""
+    blank = " " if form.endswith("csv") else ""
+    captions = {"a.png": [], "b.png": [blank], "c.png": ["  "], "d.png": ["words"]}
+    items = [Item(name, PICTURES[index].getvalue(), texts) for index, (name, texts) in enumerate(captions.items())]
+    said = {"a.png": (), "b.png": ("",), "c.png": ("",), "d.png": ("words",)}
+    assert captions_in(form, tmp_path, items) == said
+
+
+@pytest.mark.parametrize(("text", "captions"), [("", ("",)), (None, ()), ([], ()), ([""], ("",)), ([None], ())])
+def test_cells_that_hold_no_word(text: Any, captions: tuple[str, ...], tmp_path: Path) -> None:
+    data = PICTURES[0].getvalue()
+    (tmp_path / "a.png").write_bytes(data)
+    (tmp_path / "t.jsonl").write_text(json.dumps({"file_name": "a.png", "text": text}) + "\n")
+    with tarfile.open(tmp_path / "t.tar", "w") as archive:
+        add(archive, "a.png", data)
+        add(archive, "a.json", json.dumps({"text": text}).encode())
+    for name in ("t.jsonl", "t.tar"):
+        config = validate(BuildConfig, {"datasets": [{"id": "set", "root": str(tmp_path / name)}]})
+        (item,) = open_sources(config.datasets)[0].scan()
+        assert isinstance(item, Found)
+        assert item.captions == captions
 
 
 def samples_of(root: Path, store: StoreWriter, **source: Any) -> dict[Any, Any]:

@@ -58,11 +58,12 @@ def test_a_stalled_reader_hardly_makes_the_file_longer(tmp_path: Path) -> None:
 # --- rivals ---
 
 
-def test_a_rival_is_refused_at_once_and_told_who_writes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("rivals", [3, pytest.param(50, marks=pytest.mark.slow)])
+def test_a_rival_is_refused_at_once_and_told_who_writes(tmp_path: Path, rivals: int) -> None:
     holder = start("hold", tmp_path / "store")
     assert holder.stdout is not None
     assert holder.stdout.readline() == "held\n"
-    for _ in range(3):
+    for _ in range(rivals):
         begin_s = time.monotonic()
         rival = start("write_some", tmp_path / "store", 0, 1, 100, 0)
         _, err = rival.communicate(timeout=60)

@@ -1,0 +1,235 @@
+"""What a build would do, without doing it: every check, the scan and the plan of a build, and a timed sample.
+
+scan.py -> todo.py (what is missing) -> rehearsal.py (how long) -> dry_run_report.py
+
+Writes nothing and takes no lease; a store that is there is only read. What would stop the build stops nothing here: it
+is told with all that is known by then, and decides the exit code. The one thing that only decoding tells is damage
+behind a picture's header, so `decode` decodes all that a build would.
+"""
+
+import contextlib
+import functools
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import cast
+
+from cache_builder.build import BuildOptions, check_quarantine, encode_dtype
+from cache_builder.config import BuildConfig
+from cache_builder.dry_run_report import DryRunReport
+from cache_builder.encode import SampleEncoder
+from cache_builder.keys import text_key
+from cache_builder.meta import meta_types
+from cache_builder.rehearsal import decode_pictures, rehearse
+from cache_builder.report import BuildReport
+from cache_builder.scan import Sample, Scanner
+from cache_builder.sources import Source
+from cache_builder.todo import Todo, find_todo, token_counts
+from shared.errors import ConfigError, ExpertsError, StoreFull, StoreIO, StoreLocked
+from shared.file_system import refuse_network
+from shared.lease import holder
+from shared.manifest import check_data_sets, check_shrinking
+from shared.store import Snapshot, Store, StoreReader, free_bytes
+from shared.store_card import refuse_foreign_folder
+from shared.text_encoders import TextFacts, TokenCounter, read_text_facts
+from shared.vae import read_vae_facts
+from shared.weights import find_weights, read_json_object
+
+
+@dataclass(frozen=True)
+class DryRunOptions:
+    """How closely a dry run looks."""
+
+    timing: bool = True
+    """Encode a few captions and crops with the real models."""
+    decode: bool = False
+    """Decode every picture that a build would."""
+
+
+@dataclass
+class _Refusals:
+    """What would stop the build; the first is what it would end with."""
+
+    errors: list[ExpertsError] = field(default_factory=list)
+
+    @contextlib.contextmanager
+    def noted(self) -> Iterator[None]:
+        try:
+            yield
+        except ConfigError:
+            raise  # what cannot be meant is said at once
+        except ExpertsError as error:
+            self.errors.append(error)
+
+
+def dry_run(
+    sources: Sequence[Source], model: Path, config: BuildConfig, options: BuildOptions, how: DryRunOptions
+) -> DryRunReport:
+    """What `build` would do with the same arguments, and whether it would work.
+
+    Raises where nothing can be told: DataError of a wrong model, StoreFormat of what is no store.
+    """
+    begun_s = time.monotonic()
+    refusals = _Refusals()
+    for part in ("vae", "text_encoder", "text_encoder_2"):
+        find_weights(model / part)
+    read_json_object(model / "model_index.json")
+    refuse_network(options.store)
+    refuse_foreign_folder(options.store)
+    with refusals.noted():
+        names = tuple(sorted({source.dataset_id for source in sources}))
+        check_data_sets(options.store, options.manifest, names, replace=options.replace)
+    with refusals.noted():
+        _check_store_is_free(options)
+    vae, text = read_vae_facts(model), read_text_facts(model)
+    dtype = encode_dtype(config, vae, options.device)
+    report = DryRunReport(BuildReport(manifest=options.manifest), free_bytes(_standing(options.store)))
+    samples: list[Sample] = []
+    with _opened(options.store) as store:
+        with refusals.noted():
+            samples = Scanner(config, vae.digest, dtype, report.account).scan(sources, store)
+            meta_types(samples)
+        report.scan_s = time.monotonic() - begun_s
+        if not samples:
+            return report.refused(refusals.errors)
+        todo = find_todo(store, samples, options.prompts, config, text)
+        _count_captions(report.account, store, samples, todo, options.prompts, _Captions(model, config, text))
+    devices = options.device.split(",")
+    encoder = SampleEncoder(model, devices[0].strip(), dtype, config.encode.latents, config.text.chunks)
+    lost = _look_closer(report, todo, config, encoder, len(devices), how)
+    left = todo.without(lost)
+    report.bytes_to_write = left.bytes_to_write(config, text, vae)
+    with refusals.noted():
+        _check_space(options.store, report)
+    usable = _account(report, samples, todo, lost)
+    with refusals.noted():
+        check_quarantine(config, report.account, usable)
+        check_shrinking(options.store, options.manifest, len(usable), allow_shrink=options.allow_shrink)
+    return report.refused(refusals.errors)
+
+
+@dataclass(frozen=True)
+class _Captions:
+    """What is needed to count tokens; the tokenizer is loaded when the store does not know them all."""
+
+    model: Path
+    config: BuildConfig
+    text: TextFacts
+
+    def truncated(self, store: Store, captions: Sequence[str]) -> int:
+        keys = {caption: text_key(caption, self.config.text.chunks, self.text.digests) for caption in captions}
+        counts = token_counts(store, captions, keys, self._tokenizer.count)
+        return sum(counts[caption].truncated for caption in captions)
+
+    @functools.cached_property
+    def _tokenizer(self) -> TokenCounter:
+        return TokenCounter(self.model, self.config.text.chunks)
+
+
+def _count_captions(
+    account: BuildReport,
+    store: Store,
+    samples: Sequence[Sample],
+    todo: Todo,
+    prompts: Sequence[str],
+    captions: _Captions,
+) -> None:
+    different = list(dict.fromkeys(caption for sample in samples for caption in sample.captions))
+    account.captions = sum(len(sample.captions) for sample in samples)
+    account.unique_captions = len(different)
+    account.encoded_captions = len(todo.captions)
+    account.truncated = captions.truncated(store, different)
+    account.prompts, account.truncated_prompts = len(prompts), captions.truncated(store, prompts)
+
+
+def _look_closer(
+    report: DryRunReport, todo: Todo, config: BuildConfig, encoder: SampleEncoder, devices: int, how: DryRunOptions
+) -> dict[bytes, str]:
+    """Decode and time what was asked for; returns why what picture, by its facts key, cannot be used."""
+    lost: dict[bytes, str] = {}
+    report.to_decode = len(todo.pictures)
+    if how.decode:
+        lost = decode_pictures(todo.pictures, config.encode.threads)
+        report.decoded = len(todo.pictures)
+    left = todo.without(lost)
+    if how.timing and (left.captions or left.pictures):
+        report.timing, more = rehearse(left, config, encoder, devices)
+        lost |= more
+    return lost
+
+
+def _account(report: DryRunReport, samples: Sequence[Sample], todo: Todo, lost: Mapping[bytes, str]) -> list[Sample]:
+    """What will become of each sample, as fill.py counts it; returns those that will be usable."""
+    account, usable = report.account, []
+    lost_keys = {c.latent_key: lost[s.facts_key] for s, crops in todo.pictures for c in crops if s.facts_key in lost}
+    encoded = {crop.latent_key for _, crop in todo.without(lost).crops}
+    account.encoded_crops, left = len(encoded), set(encoded)
+    for sample in samples:
+        keys = [crop.latent_key for crop in sample.crops]
+        if reasons := [lost_keys[key] for key in keys if key in lost_keys]:
+            account.quarantined.append((sample.path, reasons[0]))
+            continue
+        if left.isdisjoint(keys):
+            account.reused += 1
+        else:
+            account.stored += 1
+        left.difference_update(keys)
+        account.crops += len(keys)
+        usable.append(sample)
+    report.count_buckets(usable, encoded)
+    account.quarantined.sort()
+    account.check()
+    return usable
+
+
+def _check_store_is_free(options: BuildOptions) -> None:
+    standing, lock = _standing(options.store), options.store / "writer.lock"
+    if not standing.is_dir():
+        raise StoreIO(f"{options.store}: {standing} is a file")
+    if not os.access(standing, os.W_OK | os.X_OK):
+        raise StoreIO(f"{options.store}: Permission denied")
+    if not options.wait and (who := holder(lock)) is not None:
+        raise StoreLocked(f"store {options.store} is being written by {who}; wait for it (--wait)")
+
+
+def _check_space(store: Path, report: DryRunReport) -> None:
+    if report.bytes_to_write > report.bytes_free:
+        raise StoreFull(
+            f"{store}: this build will write {report.bytes_to_write >> 20} MiB and {report.bytes_free >> 20} are free; "
+            "free some space or name another --store"
+        )
+
+
+def _standing(path: Path) -> Path:
+    """The nearest of `path` and the folders above it that is there."""
+    return next(place for place in (path, *path.absolute().parents) if place.exists())
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Store]:
+    """The store at `path`, to be read; where there is none yet, one that holds nothing."""
+    if (path / "store.json").exists() and (path / "data.mdb").exists():
+        with StoreReader(path) as store:
+            yield store
+    else:
+        yield cast(Store, _NoStore(path))  # a scan takes snapshots and nothing else
+
+
+class _Nothing:
+    """A transaction that finds no key."""
+
+    def get(self, key: bytes) -> None:
+        return None
+
+
+@dataclass(frozen=True)
+class _NoStore:
+    """A store before its first build."""
+
+    path: Path
+
+    @contextlib.contextmanager
+    def snapshot(self) -> Iterator[Snapshot]:
+        yield Snapshot(_Nothing())

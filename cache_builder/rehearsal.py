@@ -1,0 +1,125 @@
+"""Decodes pictures and encodes a few, and throws the result away: how long a build will take, and what it will refuse.
+
+todo.py -> decode_pictures -> what cannot be decoded
+        -> rehearse -> Timing
+"""
+
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from cache_builder.config import BuildConfig
+from cache_builder.encode import Crop, SampleEncoder
+from cache_builder.keys import image_digest
+from cache_builder.pixels import Pixels, crop, decode
+from cache_builder.scan import PlannedCrop, Sample
+from cache_builder.todo import Todo
+from shared.errors import DataError
+from shared.progress import progress
+
+ENOUGH_S = 10.0  # of encoding; a slow device is timed on fewer crops
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What a sample of the work took, and what all of it will take by that."""
+
+    crops: int  # timed together, of the most frequent size
+    crop_s: float  # to encode one of them
+    decode_s: float  # to decode and cut one of them, in one thread
+    captions: int
+    caption_s: float
+    load_s: float  # until both models had encoded something
+    needed_s: float  # for everything that is missing: loading, captions, and crops while others are decoded
+
+
+def decode_pictures(pictures: Sequence[tuple[Sample, list[PlannedCrop]]], threads: int) -> dict[bytes, str]:
+    """Decode each of them; returns why what picture, by its facts key, cannot be."""
+    lost: dict[bytes, str] = {}
+    samples = [sample for sample, _ in pictures]
+    with ThreadPoolExecutor(threads) as pool, progress("pictures", len(samples), "decoded") as advance:
+        for start in range(0, len(samples), 16 * threads):  # some at once: results are small, pictures are not kept
+            part = samples[start : start + 16 * threads]
+            reasons = pool.map(_reason, part)
+            lost |= {sample.facts_key: why for sample, why in zip(part, reasons, strict=True) if why is not None}
+            advance(len(part))
+    return lost
+
+
+def rehearse(todo: Todo, config: BuildConfig, encoder: SampleEncoder, devices: int) -> tuple[Timing, dict[bytes, str]]:
+    """Time a sample of `todo`, of which as many `devices` will share the work; also what could not be decoded, and why.
+
+    The second is by facts keys.
+    """
+    texts = todo.captions[: config.encode.text_batch]
+    load_s = caption_s = crop_s = 0.0
+    count = 0
+    if texts:
+        keys = [bytes(16)] * len(texts)
+        load_s += _timed(lambda: encoder.encode_captions(texts[:1], keys[:1]))
+        caption_s = _timed(lambda: encoder.encode_captions(texts, keys)) / len(texts)
+    crops, decode_s, lost = _decode_some(_most_frequent(todo), config.encode.batch)
+    if crops:
+        load_s += _timed(lambda: encoder.encode_crops(crops[:1]))
+        count, crop_s = _time_crops(crops, encoder)
+    needed_s = load_s + caption_s * len(todo.captions) / devices
+    if crops:
+        area = sum(c.plan.target_hw[0] * c.plan.target_hw[1] for _, c in todo.crops) / crops[0].pixels[..., 0].size
+        needed_s += max(crop_s * area / devices, decode_s * len(todo.crops) / config.encode.threads)
+    return Timing(count, crop_s, decode_s, len(texts), caption_s, load_s, needed_s), lost
+
+
+def _most_frequent(todo: Todo) -> list[tuple[Sample, PlannedCrop]]:
+    """The crops of the size that is encoded most."""
+    sizes = Counter(planned.plan.target_hw for _, planned in todo.crops)
+    common = max(sizes, key=lambda size: (sizes[size], size), default=None)
+    return [item for item in todo.crops if item[1].plan.target_hw == common]
+
+
+def _decode_some(items: Sequence[tuple[Sample, PlannedCrop]], count: int) -> tuple[list[Crop], float, dict[bytes, str]]:
+    """At most `count` crops, spread over `items`, and what one took, seconds."""
+    lost: dict[bytes, str] = {}
+    found: list[Crop] = []
+    begun_s = time.monotonic()
+    for sample, planned in items[:: max(1, len(items) // count)][:count]:
+        try:
+            found.append(Crop(planned.latent_key, crop(_decode(sample), planned.plan, sample.rules)))
+        except DataError as error:
+            lost[sample.facts_key] = str(error)
+    return found, (time.monotonic() - begun_s) / max(1, len(found)), lost
+
+
+def _time_crops(crops: Sequence[Crop], encoder: SampleEncoder) -> tuple[int, float]:
+    """How many were timed, and seconds for one of them."""
+    one_s = _timed(lambda: encoder.encode_crops(crops[:1]))
+    count = min(len(crops), int(ENOUGH_S / one_s))
+    if count < 2:
+        return 1, one_s
+    encoder.encode_crops(crops[:count])  # a batch of another size is slow the first time
+    return count, _timed(lambda: encoder.encode_crops(crops[:count])) / count
+
+
+def _timed(work: Callable[[], object]) -> float:
+    begun_s = time.monotonic()
+    work()
+    return max(time.monotonic() - begun_s, 1e-9)
+
+
+def _reason(sample: Sample) -> str | None:
+    try:
+        _decode(sample)
+    except DataError as error:
+        return str(error)
+    return None
+
+
+def _decode(sample: Sample) -> Pixels:
+    data = sample.read()
+    if image_digest(data) != sample.digest:
+        raise DataError("changed while it was being looked at; run the same command again")
+    pixels = decode(data, sample.rules, sample.limits)
+    if pixels.shape[:2] != sample.original_hw:
+        raise DataError("its size is not what its header says")
+    return pixels
