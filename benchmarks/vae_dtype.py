@@ -97,20 +97,19 @@ def measure(
             "per_s": rate,
             "max_error": float(error.max()),
             "mean_error": float(error.mean()),
-            "psnr_to_float32_db": psnr_db(seen, pictures) if decoded else float("nan"),
-            "psnr_to_picture_db": psnr_db(seen, pixels) if decoded else float("nan"),
             "finite": float(means.isfinite().double().mean()),
         }
+        if decoded:
+            results[dtype] |= {"db_to_float32": psnr_db(seen, pictures), "db_to_picture": psnr_db(seen, pixels)}
     return results
 
 
 def show(results: dict[str, dict[str, float]]) -> None:
     """One line for each dtype."""
-    print(f"  {'':9} {'pictures/s':>10} {'max':>8} {'mean':>8}  {'dB to float32':>13} {'dB to picture':>13}  finite")
+    columns = list(results["float32"])
+    print(" " * 12 + "".join(f"{name:>15}" for name in columns))
     for dtype, row in results.items():
-        numbers = f"{row['per_s']:10.3f} {row['max_error']:8.4f} {row['mean_error']:8.5f}"
-        decibels = f"{row['psnr_to_float32_db']:13.1f} {row['psnr_to_picture_db']:13.1f}"
-        print(f"  {dtype:9} {numbers}  {decibels}  {row['finite']:.1%}")
+        print(f"  {dtype:10}" + "".join(f"{row[name]:15.5g}" for name in columns))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
