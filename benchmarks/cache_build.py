@@ -31,7 +31,7 @@ import numpy as np
 
 from cache_builder.build import BuildOptions, build
 from cache_builder.config import BuildConfig
-from cache_builder.encode import Crop, Framed
+from cache_builder.encode import Captions, Crop, Framed, Job
 from cache_builder.report import BuildReport
 from cache_builder.scan import Scanner
 from cache_builder.sources.folder import FolderSource
@@ -58,8 +58,14 @@ WAYS = ("read + hash", "first scan", "rehash", "rebuild")
 class FreeEncoder:
     """Stands in for the models: the same records for every picture and caption, made at once."""
 
+    device = "cpu"
+
     def __init__(self, *_: object) -> None:
         pass
+
+    def encode(self, job: Job) -> list[Framed]:
+        """Whatever is asked for."""
+        return self.encode_captions(job.texts, job.keys) if isinstance(job, Captions) else self.encode_crops(job)
 
     def encode_captions(self, captions: Sequence[str], keys: Sequence[bytes]) -> list[Framed]:
         """Two records for each caption, without the embeds."""

@@ -13,12 +13,12 @@ import time
 from pathlib import Path
 
 from demo.commands import run, start
+from demo.prompts import PICTURE_HW, SIZES_HW
 
 CONFIGS, MODEL = Path("configs/demo"), Path("demo/model")
 COUNT = 1024
-SIZES = ("96x96", "80x112", "112x80")  # the buckets of configs/demo/cache.toml
 PROMPTS = 24  # of each set
-DRAWING = ["--steps", "30", "--guidance", "2.5", "--height", "96", "--width", "96"]
+DRAWING = ["--steps", "30", "--guidance", "2.5", "--height", str(PICTURE_HW[0]), "--width", str(PICTURE_HW[1])]
 
 
 def main(out: Path) -> int:
@@ -26,7 +26,7 @@ def main(out: Path) -> int:
     started_s = time.monotonic()
     pictures, store, prompts = out / "pictures", out / "store", out / "prompts.txt"
     model = ["--model", str(MODEL)]
-    sizes = [part for size in SIZES for part in ("--size", size)]
+    sizes = [part for h, w in SIZES_HW for part in ("--size", f"{h}x{w}")]  # the buckets of configs/demo/cache.toml
     half = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 2) // 2))}
     try:
         run([sys.executable, "-m", "demo.shapes", str(pictures), "--count", str(COUNT), *sizes])

@@ -16,10 +16,10 @@ from demo.detail import measure_detail
 from demo.draw import draw
 from demo.judge import judge
 from demo.pipeline import draw_with_pipeline
-from demo.prompts import PICTURE_HW, PROMPTS_SEED, SETS, make_prompts
+from demo.prompts import PICTURE_HW, PROMPTS_SEED, SETS, SIZES_HW, make_prompts
 from demo.scene import Scene, make_scene
 from demo.score import judge_pictures, score_sets
-from demo.train_vae import SIZES_HW, psnr_db
+from demo.train_vae import psnr_db
 from shared.vae import Vae
 
 STEPS, GUIDANCE = 30, 2.5
@@ -36,7 +36,7 @@ run: the model that both experts begin with. Weights are fp16; {megabytes:.1f} M
 
     from diffusers import StableDiffusionXLPipeline
     pipeline = StableDiffusionXLPipeline.from_pretrained("demo/model", use_safetensors=True)
-    pipeline("{example}", height=96, width=96).images[0]
+    pipeline("{example}", height={height}, width={width}).images[0]
 
 ## How it was made
 
@@ -46,8 +46,9 @@ run: the model that both experts begin with. Weights are fp16; {megabytes:.1f} M
 
 Every batch is a function of a seed and the step, and a stopped run goes on where it was; the same bits come out only
 with the same library versions, processor and number of threads. These weights were made with interruptions: the VAE's
-first 200 steps ran on one thread and all of it under an earlier form of the optimizer's clipping and weight decay, so
-that the command above gives weights like these and not these bits. None of the combinations of kind and colour that
+first 200 steps ran on one thread and all of it under an earlier form of the optimizer's clipping and weight decay; the
+average of the UNet's third run went through fp16, and its last two ran on one thread but for 189 steps. So the command
+above gives weights like these and not these bits. None of the combinations of kind and colour that
 `demo.scene.held_out_combinations` names was ever shown to it. The words are those of `demo.captions.WORDS`.
 
 ## What it reaches
@@ -92,7 +93,7 @@ def write_card(model: Path, device: str) -> dict[str, Any]:
 
 
 def measure_vae(model: Path, device: str) -> dict[str, float]:
-    """Reconstructions, from the mean of the posterior, of held-out pictures of the sizes it was trained on."""
+    """Reconstructions, from the mean of the posterior, of held-out pictures of the sizes that the model draws."""
     from demo.train_vae import draw_batch
 
     vae = Vae(model, device)
@@ -150,7 +151,8 @@ def _card(model: Path, scores: Mapping[str, Any]) -> str:
 def _how_made(model: Path) -> str:
     from safetensors import safe_open
 
-    from demo.train_tiny import CLIP_PLAN, MUON_RATE, PICTURES, UNET_RUNS, VAE_PLAN
+    from demo.train_tiny import CLIP_PLAN, VAE_PLAN
+    from demo.unet_plan import MUON_RATE, PICTURE_SETS, UNET_RUNS
 
     def millions(part: str) -> str:
         count = 0
@@ -160,18 +162,23 @@ def _how_made(model: Path) -> str:
         return f"{count / 1e6:.2f} M"
 
     towers = f"{millions('text_encoder')} and {millions('text_encoder_2')}"
-    runs = "; ".join(
-        "{} to {}, Muon at {}".format(
-            *(low, high - 1), ", ".join(f"{MUON_RATE * share:g} to step {steps}" for steps, share in stages)
-        )
-        for _, (low, high), stages in UNET_RUNS
-    )
+    pictures = {
+        name: f"{of.count} pictures of {', '.join(f'{w} x {h}' for h, w in of.sizes_hw)}"
+        for name, of in PICTURE_SETS.items()
+    }
+    runs = [
+        f"  {number}. `{plan.name}`, {pictures[plan.pictures]}: timesteps {plan.timesteps[0]} to "
+        f"{plan.timesteps[1] - 1}, {plan.batch} a step, "
+        f"Muon at {', '.join(f'{MUON_RATE * rate:g} to step {n}' for n, rate in plan.stages)};"
+        for number, plan in enumerate(UNET_RUNS, 1)
+    ]
     return "\n".join(
         (
             f"- VAE ({millions('vae')} parameters): {VAE_PLAN.steps} steps of {VAE_PLAN.batch} drawn pictures, Muon.",
             f"- CLIP ({millions('clip')}; text encoders {towers}): {CLIP_PLAN.steps} steps of {CLIP_PLAN.batch} "
             "pictures and captions, both text towers against one vision tower.",
-            f"- UNet ({millions('unet')}): `cache-build` on {PICTURES} pictures with four captions each, then "
-            f"`train-expert` with 64 a step, averaged weights, on timesteps {runs}.",
+            f"- UNet ({millions('unet')}): `cache-build` on drawn pictures with four captions each, then "
+            "`train-expert`, each run from the averaged weights of the one before:",
+            *runs,
         )
     )

@@ -9,7 +9,8 @@ from demo.scene import Size, held_out_combinations, make_scene
 from demo.shapes import OneLineParser
 
 PROMPTS_SEED = 7  # no data set is drawn with it
-PICTURE_HW: Size = (96, 96)
+PICTURE_HW: Size = (72, 72)
+SIZES_HW: tuple[Size, ...] = (PICTURE_HW, (64, 80), (80, 64))  # what the start model was last trained to draw
 SETS = {
     "one": "one shape",
     "held out": "one, colour held out",  # for this kind

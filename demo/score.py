@@ -64,9 +64,11 @@ class Score:
 def judge_folder(folder: Path, clip: Path | None = None) -> list[Judged]:
     """Judge every picture that `generate-images` left in `folder`, by the prompt in its metadata.
 
-    Raises ValueError where a picture has none, or one that asks for no shapes.
+    Raises ValueError where there are none, or where one has no prompt, or one that asks for no shapes.
     """
     paths = sorted(folder.glob("*.png"))
+    if not paths:
+        raise ValueError(f"no pictures in {folder}")
     pictures, prompts = [], []
     for path in paths:
         with Image.open(path) as image:

@@ -5,7 +5,7 @@ stopped is begun again by the same command. Hours on two cores, minutes on a GPU
 
     vae         fit        drawn pictures -> model/vae
     clip        fit        drawn pictures and captions -> model/text_encoder, text_encoder_2, clip
-    store       demo.shapes, cache-build     -> pictures, store
+    store       demo.shapes, cache-build     -> pictures, stores
     unet        train-expert, run after run, slower and slower -> runs -> model/unet
     measure     drawn by diffusers' pipeline, judged -> model/README.md
 """
@@ -31,6 +31,7 @@ from demo.model_files import (
     write_transformer,
 )
 from demo.shapes import OneLineParser
+from demo.unet_plan import LEARNING_RATE, MUON_RATE, PICTURE_SETS, UNET_RUNS, UnetRun
 from shared.errors import ExpertsError
 
 if TYPE_CHECKING:
@@ -38,17 +39,8 @@ if TYPE_CHECKING:
 
 VAE_PLAN = FitPlan(steps=3200, learning_rate=3e-3, batch=16, muon_rate=0.02)
 CLIP_PLAN = FitPlan(steps=600, learning_rate=1e-3, batch=256, warmup=60)
-PICTURES, PICTURES_SEED = 16_000, 11
+PICTURES_SEED = 11
 CONFIGS = Path("configs/demo")
-# Runs of train-expert, each from the average of the one before: name, timesteps, and (steps in all, share of both rates
-# up to there). The middle of the schedule, where forms are decided, is drowned by the high noise beside it: there the
-# loss is four times as large and mostly what no caption tells.
-UNET_RUNS: tuple[tuple[str, tuple[int, int], tuple[tuple[int, float], ...]], ...] = (
-    ("whole", (0, 1000), ((1105, 1.0), (2000, 0.4))),
-    ("middle", (50, 750), ((900, 0.4), (1700, 0.15))),
-    ("again", (0, 1000), ((500, 0.1), (900, 0.03))),
-)
-LEARNING_RATE, MUON_RATE = 2e-3, 0.02
 TIME_ID_WIDTH = 16
 
 
@@ -102,14 +94,14 @@ def make_clip(out: Path, device: str) -> None:
 
 def make_store(out: Path, device: str) -> None:
     """Draw the pictures and encode them with the project's own command."""
-    from demo.train_vae import SIZES_HW
-
-    sizes = [part for h, w in SIZES_HW for part in ("--size", f"{h}x{w}")]
-    count = ["--count", str(PICTURES), "--seed", str(PICTURES_SEED)]
-    run([sys.executable, "-m", "demo.shapes", str(out / "pictures"), *count, *sizes])
     _write_index(out / "model")
-    model = ["--model", str(out / "model"), "--config", str(CONFIGS / "cache.toml"), "--device", device]
-    run(["cache-build", str(out / "pictures"), "--store", str(out / "store"), *model])
+    for name, pictures in PICTURE_SETS.items():
+        folder = out / "pictures" / name
+        sizes = [part for h, w in pictures.sizes_hw for part in ("--size", f"{h}x{w}")]
+        count = ["--count", str(pictures.count), "--seed", str(PICTURES_SEED)]
+        run([sys.executable, "-m", "demo.shapes", str(folder), *count, *sizes])
+        model = ["--model", str(out / "model"), "--config", str(CONFIGS / "cache.toml"), *_sets(pictures.sets)]
+        run(["cache-build", str(folder), "--store", str(out / "stores" / name), *model, "--device", device])
 
 
 def make_unet(out: Path, device: str) -> None:
@@ -118,33 +110,36 @@ def make_unet(out: Path, device: str) -> None:
     if not (begin / "unet" / "config.json").exists():
         _write_random_unet(begin / "unet")
         _write_index(begin)
-    for name, timesteps, stages in UNET_RUNS:
-        folder = out / "runs" / name
-        common = ["--store", str(out / "store"), "--model", str(begin), "--output", str(folder), "--device", device]
-        common += ["--set", "timesteps={{low={}, high={}}}".format(*timesteps)]
-        for steps, share in stages:
-            if _steps_done(folder) < steps:
-                rates = {"learning_rate": LEARNING_RATE * share, "muon_rate": MUON_RATE * share}
-                sets = [part for key, rate in rates.items() for part in ("--set", f"optimizer.{key}={rate:g}")]
-                # One process has the cores for itself here, so its threads need not make room for others.
-                busy = {"OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "ACTIVE")}
-                run(
-                    [
-                        "train-expert",
-                        "--config",
-                        str(CONFIGS / "start.toml"),
-                        *common,
-                        *sets,
-                        "--set",
-                        f"steps={steps}",
-                    ],
-                    busy,
-                )
-        begin = out / f"after-{name}"
-        if not (begin / "unet" / "config.json").exists():
-            _write_index(begin)
-            write_diffusers_model(begin / "unet", "UNet2DConditionModel", unet_config(), _averaged(folder))
-    write_diffusers_model(out / "model" / "unet", "UNet2DConditionModel", unet_config(), _halved(_averaged(folder)))
+    for plan in UNET_RUNS:
+        after = out / f"after-{plan.name}"
+        if not (after / "unet" / "config.json").exists():
+            _train(out, plan, begin, device)
+            _write_index(after)
+            averaged = _averaged(out / "runs" / plan.name)
+            write_diffusers_model(after / "unet", "UNet2DConditionModel", unet_config(), averaged)
+        begin = after
+    from safetensors.torch import load_file
+
+    finished = load_file(begin / "unet" / "diffusion_pytorch_model.safetensors")
+    write_diffusers_model(out / "model" / "unet", "UNet2DConditionModel", unet_config(), _halved(finished))
+
+
+def _train(out: Path, plan: UnetRun, begin: Path, device: str) -> None:
+    folder = out / "runs" / plan.name
+    paths = ["--store", str(out / "stores" / plan.pictures), "--model", str(begin), "--output", str(folder)]
+    command = ["train-expert", "--config", str(CONFIGS / "start.toml"), *paths, "--device", device]
+    low, high = plan.timesteps
+    always = (f"timesteps={{low={low}, high={high}}}", f"batch={plan.batch}")
+    for steps, share in plan.stages:
+        if _steps_done(folder) < steps:
+            rates = (f"optimizer.learning_rate={LEARNING_RATE * share:g}", f"optimizer.muon_rate={MUON_RATE * share:g}")
+            # One process has the cores for itself here, so its threads need not make room for others.
+            busy = {"OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "ACTIVE")}
+            run([*command, *_sets((*always, *rates, f"steps={steps}"))], busy)
+
+
+def _sets(settings: Sequence[str]) -> list[str]:
+    return [part for setting in settings for part in ("--set", setting)]
 
 
 def _steps_done(folder: Path) -> int:

@@ -19,7 +19,11 @@ from demo.model_files import VAE_SCALING_FACTOR
 from demo.scene import Size, make_scene
 from shared.seeding import make_generator
 
-SIZES_HW: tuple[Size, ...] = ((96, 96), (80, 112), (112, 80))  # what the small world's model draws
+SIZES_HW: tuple[Size, ...] = (
+    (96, 96),
+    (80, 112),
+    (112, 80),
+)  # larger than what is drawn with it: finer detail to learn
 PICTURES_SEED = 101  # no picture that it learns from is in a data set
 KL_WEIGHT = 1e-5  # of a latent's divergence, beside a squared error per value of [-1, 1]
 
