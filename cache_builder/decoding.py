@@ -14,21 +14,15 @@ from cache_builder.buckets import Size
 from cache_builder.config import EncodeRules
 from cache_builder.encode import Crop
 from cache_builder.keys import image_digest
+from cache_builder.pixels import Picture as DecodedPicture
 from cache_builder.pixels import decode_picture
-from cache_builder.scan import PlannedCrop, Sample
+from cache_builder.scan import Sample
 from cache_builder.split import Thumbnail
+from cache_builder.todo import Picture
 from shared.errors import DataError
 
 T = TypeVar("T")
 R = TypeVar("R")
-
-
-@dataclass(frozen=True)
-class Picture:
-    """One picture with what its samples lack: it is decoded once for all of its crops and all data sets it is in."""
-
-    samples: list[Sample]
-    crops: list[PlannedCrop]
 
 
 @dataclass(frozen=True)
@@ -38,17 +32,6 @@ class DecodedCrop:
     picture: Picture
     crop: Crop
     thumbnail: Thumbnail
-
-
-def incomplete(samples: Sequence[Sample], stored: set[bytes]) -> list[Picture]:
-    """The pictures of which something is missing, each with its missing crops; all of them where its facts are."""
-    pictures: dict[bytes, Picture] = {}
-    for sample in samples:
-        picture = pictures.setdefault(sample.facts_key, Picture([], []))
-        picture.samples.append(sample)
-        missing = [c for c in sample.crops if sample.thumbnail is None or c.latent_key not in stored]
-        picture.crops.extend(crop for crop in missing if crop not in picture.crops)
-    return [picture for picture in pictures.values() if picture.crops]
 
 
 def crop_batches(
@@ -69,20 +52,24 @@ def crop_batches(
         pool.shutdown(cancel_futures=True)
 
 
+def decode_sample(sample: Sample) -> DecodedPicture:
+    """The picture of a sample, if it is still what the scan saw; raises DataError."""
+    data = sample.read()
+    if image_digest(data) != sample.digest:
+        raise DataError("changed since it was scanned; run the same command again")
+    decoded = decode_picture(data, sample.rules, sample.limits)
+    if decoded.size_hw != sample.original_hw:
+        raise DataError("its size is not what its header says")
+    return decoded
+
+
 def _decode(picture: Picture) -> list[DecodedCrop] | DataError:
-    sample = picture.samples[0]
-    rules = sample.rules
     try:
-        data = sample.read()
-        if image_digest(data) != sample.digest:
-            return DataError("changed while it was being built; run the same command again")
-        decoded = decode_picture(data, rules, sample.limits)
-        if decoded.size_hw != sample.original_hw:
-            return DataError("its size is not what its header says")
-        thumb = decoded.thumbnail()
-        return [DecodedCrop(picture, Crop(c.latent_key, decoded.crop(c.plan, rules)), thumb) for c in picture.crops]
+        decoded = decode_sample(picture.samples[0])
     except DataError as error:
         return error
+    rules, thumb = picture.samples[0].rules, decoded.thumbnail()
+    return [DecodedCrop(picture, Crop(c.latent_key, decoded.crop(c.plan, rules)), thumb) for c in picture.crops]
 
 
 def _good_crops(

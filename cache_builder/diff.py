@@ -63,7 +63,8 @@ def diff_folder(store: Path, folder: Path, name: str, dataset: str | None) -> Di
         sources = open_sources(config.datasets)
         report = BuildReport()
         encode = config.encode
-        scanner = Scanner(config, manifest.settings.vae_digest, encode.dtype, report)  # type: ignore[arg-type]
+        vae, dtype = manifest.settings.vae_digest, encode.dtype
+        scanner = Scanner(config, vae, dtype, report, memory=store, remember=False)  # type: ignore[arg-type]
         samples = scanner.scan(sources, reader)
         found = Difference(str(store), name, manifest.digest, dataset, duplicate=report.duplicate)
         found.skipped = dict(report.skipped)

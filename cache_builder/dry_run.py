@@ -24,10 +24,11 @@ from cache_builder.keys import text_key
 from cache_builder.meta import meta_types
 from cache_builder.rehearsal import decode_pictures, rehearse
 from cache_builder.report import BuildReport
+from cache_builder.runners import device_names
 from cache_builder.scan import Sample, Scanner
 from cache_builder.sources import Source
-from cache_builder.todo import Todo, find_todo, token_counts
-from shared.errors import ConfigError, ExpertsError, StoreFull, StoreIO, StoreLocked
+from cache_builder.todo import Todo, account_for, find_todo, require_space, token_counts
+from shared.errors import ConfigError, ExpertsError, StoreIO, StoreLocked
 from shared.file_system import refuse_network
 from shared.lease import holder
 from shared.manifest import check_data_sets, check_shrinking
@@ -72,7 +73,7 @@ def dry_run(
     Raises where nothing can be told: DataError of a wrong model, StoreFormat of what is no store.
     """
     begun_s = time.monotonic()
-    refusals = _Refusals()
+    refusals, devices = _Refusals(), device_names(options.device)
     for part in ("vae", "text_encoder", "text_encoder_2"):
         find_weights(model / part)
     read_json_object(model / "model_index.json")
@@ -89,20 +90,22 @@ def dry_run(
     samples: list[Sample] = []
     with _opened(options.store) as store:
         with refusals.noted():
-            samples = Scanner(config, vae.digest, dtype, report.account).scan(sources, store)
+            scanner = Scanner(
+                config, vae.digest, dtype, report.account, memory=options.store, rehash=options.rehash, remember=False
+            )
+            samples = scanner.scan(sources, store)
             meta_types(samples)
         report.scan_s = time.monotonic() - begun_s
         if not samples:
             return report.refused(refusals.errors)
         todo = find_todo(store, samples, options.prompts, config, text)
         _count_captions(report.account, store, samples, todo, options.prompts, _Captions(model, config, text))
-    devices = options.device.split(",")
-    encoder = SampleEncoder(model, devices[0].strip(), dtype, config.encode.latents, config.text.chunks)
+    encoder = SampleEncoder(model, devices[0], dtype, config.encode.latents, config.text.chunks)
     lost = _look_closer(report, todo, config, encoder, len(devices), how)
     left = todo.without(lost)
     report.bytes_to_write = left.bytes_to_write(config, text, vae)
     with refusals.noted():
-        _check_space(options.store, report)
+        require_space(options.store, report.bytes_to_write, report.bytes_free)
     usable = _account(report, samples, todo, lost)
     with refusals.noted():
         check_quarantine(config, report.account, usable)
@@ -161,26 +164,14 @@ def _look_closer(
 
 
 def _account(report: DryRunReport, samples: Sequence[Sample], todo: Todo, lost: Mapping[bytes, str]) -> list[Sample]:
-    """What will become of each sample, as fill.py counts it; returns those that will be usable."""
-    account, usable = report.account, []
-    lost_keys = {c.latent_key: lost[s.facts_key] for s, crops in todo.pictures for c in crops if s.facts_key in lost}
+    """What will become of each sample; returns those that will be usable."""
     encoded = {crop.latent_key for _, crop in todo.without(lost).crops}
-    account.encoded_crops, left = len(encoded), set(encoded)
-    for sample in samples:
-        keys = [crop.latent_key for crop in sample.crops]
-        if reasons := [lost_keys[key] for key in keys if key in lost_keys]:
-            account.quarantined.append((sample.path, reasons[0]))
-            continue
-        if left.isdisjoint(keys):
-            account.reused += 1
-        else:
-            account.stored += 1
-        left.difference_update(keys)
-        account.crops += len(keys)
-        usable.append(sample)
+    reasons = {c.latent_key: lost[s.facts_key] for s, c in todo.crops if s.facts_key in lost}
+    usable = account_for(report.account, samples, encoded, reasons)
+    report.account.encoded_crops = len(encoded)
     report.count_buckets(usable, encoded)
-    account.quarantined.sort()
-    account.check()
+    report.account.quarantined.sort()
+    report.account.check()
     return usable
 
 
@@ -192,14 +183,6 @@ def _check_store_is_free(options: BuildOptions) -> None:
         raise StoreIO(f"{options.store}: Permission denied")
     if not options.wait and (who := holder(lock)) is not None:
         raise StoreLocked(f"store {options.store} is being written by {who}; wait for it (--wait)")
-
-
-def _check_space(store: Path, report: DryRunReport) -> None:
-    if report.bytes_to_write > report.bytes_free:
-        raise StoreFull(
-            f"{store}: this build will write {report.bytes_to_write >> 20} MiB and {report.bytes_free >> 20} are free; "
-            "free some space or name another --store"
-        )
 
 
 def _standing(path: Path) -> Path:

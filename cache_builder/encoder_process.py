@@ -25,9 +25,9 @@ from typing import IO, Any, TypeVar
 import msgpack
 import numpy as np
 
-from cache_builder.ahead import Ahead
 from cache_builder.encode import Captions, Crop, Job, Records, SampleEncoder
 from shared import errors
+from shared.ahead import Ahead
 from shared.errors import ExpertsError, Stopped
 
 T = TypeVar("T")

@@ -114,16 +114,6 @@ def decode(data: bytes, rules: PixelRules, limits: PixelLimits) -> Pixels:
         return np.asarray(_decode(data, rules, limits))
 
 
-def crop(pixels: Pixels, plan: CropPlan, rules: PixelRules) -> Pixels:
-    """Picture.crop of `pixels` [h, w, 3], writable."""
-    return np.array(Picture(Image.fromarray(pixels)).crop(plan, rules))
-
-
-def thumbnail(pixels: Pixels) -> Pixels:
-    """Picture.thumbnail of `pixels` [h, w, 3]."""
-    return Picture(Image.fromarray(pixels)).thumbnail()
-
-
 def difference_hashes(thumbs: Pixels) -> np.ndarray[Any, np.dtype[np.uint64]]:
     """64 bits of each thumbnail [N, 8, 9, 3], row by row: is each area clearly lighter than its left neighbour; [N]."""
     luma = thumbs.astype(np.int32) @ _LUMA.astype(np.int32)

@@ -11,11 +11,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from cache_builder.config import BuildConfig
+from cache_builder.decoding import decode_sample
 from cache_builder.encode import Crop, SampleEncoder
-from cache_builder.keys import image_digest
-from cache_builder.pixels import Pixels, crop, decode
 from cache_builder.scan import PlannedCrop, Sample
-from cache_builder.todo import Todo
+from cache_builder.todo import Picture, Todo, batches
 from shared.errors import DataError
 from shared.progress import progress
 
@@ -35,15 +34,13 @@ class Timing:
     needed_s: float  # for everything that is missing: loading, captions, and crops while others are decoded
 
 
-def decode_pictures(pictures: Sequence[tuple[Sample, list[PlannedCrop]]], threads: int) -> dict[bytes, str]:
+def decode_pictures(pictures: Sequence[Picture], threads: int) -> dict[bytes, str]:
     """Decode each of them; returns why what picture, by its facts key, cannot be."""
     lost: dict[bytes, str] = {}
-    samples = [sample for sample, _ in pictures]
-    with ThreadPoolExecutor(threads) as pool, progress("pictures", len(samples), "decoded") as advance:
-        for start in range(0, len(samples), 16 * threads):  # some at once: results are small, pictures are not kept
-            part = samples[start : start + 16 * threads]
+    with ThreadPoolExecutor(threads) as pool, progress("pictures", len(pictures), "decoded") as advance:
+        for part in batches(pictures, 16 * threads):
             reasons = pool.map(_reason, part)
-            lost |= {sample.facts_key: why for sample, why in zip(part, reasons, strict=True) if why is not None}
+            lost |= {picture.facts_key: why for picture, why in zip(part, reasons, strict=True) if why is not None}
             advance(len(part))
     return lost
 
@@ -85,7 +82,7 @@ def _decode_some(items: Sequence[tuple[Sample, PlannedCrop]], count: int) -> tup
     begun_s = time.monotonic()
     for sample, planned in items[:: max(1, len(items) // count)][:count]:
         try:
-            found.append(Crop(planned.latent_key, crop(_decode(sample), planned.plan, sample.rules)))
+            found.append(Crop(planned.latent_key, decode_sample(sample).crop(planned.plan, sample.rules)))
         except DataError as error:
             lost[sample.facts_key] = str(error)
     return found, (time.monotonic() - begun_s) / max(1, len(found)), lost
@@ -107,19 +104,9 @@ def _timed(work: Callable[[], object]) -> float:
     return max(time.monotonic() - begun_s, 1e-9)
 
 
-def _reason(sample: Sample) -> str | None:
+def _reason(picture: Picture) -> str | None:
     try:
-        _decode(sample)
+        decode_sample(picture.samples[0])
     except DataError as error:
         return str(error)
     return None
-
-
-def _decode(sample: Sample) -> Pixels:
-    data = sample.read()
-    if image_digest(data) != sample.digest:
-        raise DataError("changed while it was being looked at; run the same command again")
-    pixels = decode(data, sample.rules, sample.limits)
-    if pixels.shape[:2] != sample.original_hw:
-        raise DataError("its size is not what its header says")
-    return pixels

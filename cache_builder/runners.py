@@ -8,9 +8,9 @@ from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Protocol, TypeVar
 
-from cache_builder.ahead import Ahead
 from cache_builder.encode import Job, Records, SampleEncoder
 from cache_builder.encoder_process import EncoderProcess
+from shared.ahead import Ahead
 from shared.errors import ConfigError
 
 T = TypeVar("T")

@@ -65,6 +65,8 @@ class Scanner:
     """The store whose scan caches say which files need not be read again; None where every file is read."""
     rehash: bool = False
     """Whether every file is read all the same, and remembered."""
+    remember: bool = True
+    """Whether the scan caches are written; who only looks at a store leaves them as they are."""
 
     def __post_init__(self) -> None:
         images = self.config.images
@@ -100,7 +102,8 @@ class Scanner:
                 self._add(known, source.dataset_id, item, captions, look())
             except DataError as error:
                 self.report.quarantined.append((item.path, str(error)))
-        cache.save()
+        if self.remember:
+            cache.save()
         samples = self._some(known)
         for sample in samples:
             self._mirror(sample)

@@ -10,22 +10,9 @@ from pathlib import Path
 from shared.errors import ConfigError
 
 FORCE = "SDXL_EXPERTS_NETWORK_STORE"
-_MOUNTS = Path("/proc/self/mountinfo")
 _NETWORK = {
-    "nfs",
-    "nfs4",
-    "cifs",
-    "smb3",
-    "smbfs",
-    "9p",
-    "fuse",
-    "lustre",
-    "ceph",
-    "glusterfs",
-    "afs",
-    "beegfs",
-    "gpfs",
-}
+    "nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "fuse", "lustre", "ceph", "glusterfs", "afs", "beegfs", "gpfs",
+}  # fmt: skip
 _LOCAL_FUSE = {"fuse.fuse-overlayfs", "fuse.overlayfs"}
 
 
@@ -51,21 +38,10 @@ def network_kind(path: Path) -> str:
 
 
 def _mounts() -> list[tuple[str, str]]:
-    """(mount point, type) of everything that is mounted, in order; () where the system has no such table."""
+    """(mount point, type) of everything that is mounted, in order; () where the system does not say."""
+    import psutil
+
     try:
-        lines = os.fsdecode(_MOUNTS.read_bytes()).split("\n")
+        return [(partition.mountpoint, partition.fstype) for partition in psutil.disk_partitions(all=True)]
     except OSError:
         return []
-    mounts = []
-    for line in lines:
-        before, _, after = line.partition(" - ")
-        fields, kind = before.split(" "), after.split(" ")
-        if len(fields) > 4 and kind[0]:
-            mounts.append((_unescaped(fields[4]), kind[0]))
-    return mounts
-
-
-def _unescaped(field: str) -> str:
-    for code, char in (("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")):
-        field = field.replace(code, char)
-    return field

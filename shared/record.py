@@ -72,7 +72,8 @@ def decode_record(key: bytes, data: bytes | memoryview) -> Record:
     payload_at = _HEADER_AT + header_length
     header = _unpack_header(key, view[_HEADER_AT:payload_at])
     try:
-        tensors = _unique([_tensor(view[payload_at:], payload_length, *row) for row in header["tensors"]])
+        payload = view[payload_at:]
+        tensors = _unique([_tensor(payload, payload_length, *row) for row in header["tensors"]])
         return Record(str(header["kind"]), tensors, dict(header["meta"]))
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise _corrupt(key, f"its header does not describe its payload ({error})") from None
@@ -124,12 +125,13 @@ def _tensor(
 ) -> tuple[str, Array]:
     if type(name) is not str or type(shape) is not list:
         raise TypeError(f"name {name!r}, shape {shape!r}")
-    if not all(type(n) is int and n >= 0 for n in (*shape, offset)):
-        raise ValueError(f"shape {shape} at {offset}")
+    for n in (*shape, offset):
+        if type(n) is not int or n < 0:
+            raise ValueError(f"shape {shape} at {offset}")
     count = math.prod(shape)
     if offset + count * _DTYPES[dtype].itemsize > payload_length:
         raise ValueError(f"tensor {name} runs past the end")
-    return name, np.frombuffer(payload, _DTYPES[dtype], count, offset).reshape(shape)
+    return name, np.ndarray(shape, _DTYPES[dtype], payload, offset)
 
 
 def _unique(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:

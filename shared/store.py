@@ -44,6 +44,7 @@ MIN_MAP_SIZE_BYTES = 64 << 20
 MAX_READERS = 1024
 FREE_MARGIN_BYTES = 16 << 20
 KEYS_IN_A_PAGE = 4096  # listed in one transaction
+_INTEGERS = {dtype.itemsize: dtype for dtype in map(np.dtype, (np.uint8, np.uint16, np.uint32, np.uint64))}
 
 
 class Snapshot:
@@ -75,9 +76,10 @@ class Snapshot:
                     f"record {key.hex()}: tensor {name!r} is {found}, not {target.dtype} {target.shape}"
                 )
             if not target.flags.c_contiguous:
-                raise ValueError(f"target of tensor {name!r} is not C-contiguous")  # reshape would write into a copy
-            # As bytes: copies through half-precision views run at half the rate.
-            np.copyto(target.reshape(-1).view(np.uint8), source.reshape(-1).view(np.uint8))
+                raise ValueError(f"target of tensor {name!r} is not C-contiguous")
+            # As integers: copies through half-precision views run at half the rate.
+            integers = _INTEGERS[target.dtype.itemsize]
+            target.view(integers)[...] = source.view(integers)
         return record.meta
 
     def raw(self, key: bytes) -> bytes:

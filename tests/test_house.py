@@ -72,7 +72,8 @@ def test_no_door_for_code_in_data(path: Path) -> None:
     assert not {module.split(".")[0] for module in imports(path)} & FORBIDDEN_IMPORTS
     for node in ast.walk(tree(path)):
         if isinstance(node, ast.Call):
-            assert dotted(node.func) not in FORBIDDEN_CALLS - MEASURED.get(name(path), set()), f"line {node.lineno}"
+            measured = dotted(node.func) in MEASURED.get(name(path), ()) and "weights_only=True" in ast.unparse(node)
+            assert measured or dotted(node.func) not in FORBIDDEN_CALLS, f"line {node.lineno}"
             for keyword in node.keywords:
                 if keyword.arg in FORBIDDEN_ARGUMENTS:
                     forbidden = FORBIDDEN_ARGUMENTS[keyword.arg]

@@ -4,13 +4,13 @@ Which of its crops and captions a sample shows, and whether it shows no caption,
 like all others; they are made here because they decide what is read.
 """
 
-import queue
-import threading
+import itertools
 from collections.abc import Callable, Generator
 from typing import Any
 
 import torch
 
+from shared.ahead import Ahead
 from shared.conditioning import TEXT_LENGTH, MicroConditioning, PromptEmbeds
 from shared.contract import NullPrompt
 from shared.errors import DataError, RecordCorrupt
@@ -22,7 +22,7 @@ from shared.store import Snapshot, StoreReader
 from trainer.batch import Batch
 from trainer.sampler import MicroBatch
 
-AHEAD = 2  # micro-batches that wait, ready, for the UNet
+AHEAD = 3  # micro-batches that wait, ready, for the UNet
 MAX_CORRUPT_SHARE = 0.001
 
 
@@ -138,34 +138,5 @@ class _CorruptSample(Exception):
 
 def prefetch(read: Callable[[int], Batch], start: int) -> Generator[Batch, None, None]:
     """read(start), read(start + 1), ... from one thread that stays AHEAD; its errors are raised here."""
-    ready: queue.Queue[Batch | BaseException] = queue.Queue(AHEAD)
-    stop = threading.Event()
-
-    def work() -> None:
-        index = start
-        while not stop.is_set():
-            try:
-                item: Batch | BaseException = read(index)
-            except BaseException as error:  # noqa: BLE001 -- whatever it is, the consumer raises it
-                item = error
-            while not stop.is_set():
-                try:
-                    ready.put(item, timeout=0.1)
-                    break
-                except queue.Full:
-                    continue
-            if isinstance(item, BaseException):
-                return
-            index += 1
-
-    thread = threading.Thread(target=work, name="prefetch", daemon=True)
-    thread.start()
-    try:
-        while True:
-            item = ready.get()
-            if isinstance(item, BaseException):
-                raise item
-            yield item
-    finally:
-        stop.set()
-        thread.join()
+    with Ahead(map(read, itertools.count(start)), count=AHEAD) as ready:
+        yield from ready

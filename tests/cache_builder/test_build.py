@@ -17,7 +17,7 @@ from PIL import Image
 
 from cache_builder.buckets import CropPlan, make_buckets, nearest_bucket, plan_crop
 from cache_builder.keys import facts_key, image_digest, sample_id, text_facts_key, text_key
-from cache_builder.pixels import PixelLimits, PixelRules, crop, decode, thumbnail
+from cache_builder.pixels import PixelLimits, PixelRules, decode
 from cache_builder.report import BuildReport
 from shared.errors import DataError, ManifestMismatch
 from shared.manifest import open_manifest
@@ -26,7 +26,7 @@ from shared.record import Record
 from shared.store import StoreReader
 from shared.text_encoders import TextEncoders, read_text_facts
 from shared.vae import read_vae_facts
-from tests.pictures import write_shapes
+from tests.pictures import crop, thumbnail, write_shapes
 
 FP16: dict[str, Any] = {"rtol": 2e-3, "atol": 2e-3}
 LATENTS: dict[str, Any] = {
@@ -294,7 +294,7 @@ def test_what_changes_between_scan_and_decoding_is_set_aside(
     report = run_build([folder], tmp_path / "store", tiny_model, "max_quarantined=0.5")
     assert account(report) == (4, 0, 2, 0, 0)
     assert dict(report.quarantined) == {
-        "shape-00000.png": "changed while it was being built; run the same command again",
+        "shape-00000.png": "changed since it was scanned; run the same command again",
         "shape-00002.png": "cannot be read: No such file or directory",
     }
     assert {row.path for row in rows_of(tmp_path / "store")} == {f"shape-0000{i}.png" for i in (1, 3, 4, 5)}

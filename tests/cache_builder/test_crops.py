@@ -22,8 +22,9 @@ from cache_builder.buckets import (
     plan_crop,
     size_px,
 )
-from cache_builder.pixels import PixelRules, crop
+from cache_builder.pixels import PixelRules
 from shared.conditioning import MicroConditioning
+from tests.pictures import crop
 
 MEASURES: Sequence[Measure] = ("area", "edge", "long_edge")
 measures: st.SearchStrategy[Any] = st.sampled_from(MEASURES)

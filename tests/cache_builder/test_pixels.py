@@ -24,13 +24,12 @@ from cache_builder.pixels import (
     PixelLimits,
     PixelRules,
     Pixels,
-    crop,
     decode,
     difference_hashes,
     read_size,
-    thumbnail,
 )
 from shared.errors import ConfigError, DataError
+from tests.pictures import crop, thumbnail
 
 RULES, LIMITS = PixelRules(), PixelLimits()
 ON_RED = PixelRules(background_rgb=(255, 0, 0))

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
+import psutil
 import pytest
 
-from shared import file_system
 from shared.errors import ConfigError
 from shared.file_system import network_kind, refuse_network
 from shared.store import StoreReader, StoreWriter
@@ -13,13 +13,14 @@ from shared.store import StoreReader, StoreWriter
 @pytest.fixture
 def mounts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A table of mounts to be written."""
-    table = tmp_path / "mountinfo"
-    monkeypatch.setattr(file_system, "_MOUNTS", table)
+    table = tmp_path / "proc" / "self" / "mounts"
+    table.parent.mkdir(parents=True)
+    monkeypatch.setattr(psutil, "PROCFS_PATH", str(tmp_path / "proc"))
     return table
 
 
 def line(point: str, kind: str) -> str:
-    return f"36 35 98:0 / {point} rw,noatime shared:1 - {kind} server:/x rw\n"
+    return f"server:/x {point} {kind} rw,noatime 0 0\n"
 
 
 @pytest.mark.parametrize(
@@ -47,7 +48,7 @@ def test_a_sandbox_may_have_any_root(mounts: Path) -> None:
 def test_spaces_later_mounts_and_no_table(mounts: Path) -> None:
     mounts.write_text(line("/my\\040data", "nfs"))
     assert network_kind(Path("/my data/store")) == "nfs"
-    mounts.write_text(line("/d", "nfs") + line("/d", "ext4") + "\nodd\n - \n")
+    mounts.write_text(line("/d", "nfs") + line("/d", "ext4") + "\nodd\n\n")
     assert network_kind(Path("/d/store")) == ""
     mounts.unlink()
     assert network_kind(Path("/d/store")) == ""

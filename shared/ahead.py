@@ -1,6 +1,8 @@
-"""Steps of the second pass that work side by side: each in a thread, a few results ahead of whoever takes them.
+"""Steps that work side by side: each in a thread, a few results ahead of whoever takes them.
 
-decode and batch | encode | commit        each | is an Ahead: what stands left of it runs in threads of its own
+    decode and batch | encode | commit        a build
+    read a batch | train on it                a trainer
+Each | is an Ahead: what stands left of it runs in threads of its own.
 """
 
 import threading

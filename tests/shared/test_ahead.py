@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from cache_builder.ahead import Ahead
+from shared.ahead import Ahead
 
 
 def until(condition: object, limit_s: float = 10) -> None:
