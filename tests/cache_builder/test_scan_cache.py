@@ -12,13 +12,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cache_builder import scan_cache
+from cache_builder.build import BuildOptions
+from cache_builder.config import BuildConfig
+from cache_builder.datasets import choose_datasets, open_sources
+from cache_builder.diff import diff_folder
+from cache_builder.dry_run import DryRunOptions, dry_run
 from cache_builder.report import BuildReport
 from cache_builder.scan_cache import MAX_VALUE_BYTES, ScanCache, cache_path, file_state
 from cache_builder.sources import files
+from shared.config import load_config
 from shared.store import StoreReader
 from tests.pictures import write_shapes
 
 PICTURES = 6
+SMALL = ("images.resolution=64", "images.step=16", "encode.batch=4")  # as run_build does
 Build = Callable[..., BuildReport]
 
 
@@ -91,6 +98,26 @@ def test_an_unchanged_file_is_not_opened(
     caption.write_text("another caption")
     names, report = build()
     assert (names, report.encoded_crops, report.encoded_captions) == ([caption.name], 0, 1)
+
+
+def test_who_only_looks_reads_the_cache_and_leaves_it(
+    folder: Path, tmp_path: Path, tiny_model: Path, run_build: Build, opened: list[str], at_once: None
+) -> None:
+    store = tmp_path / "store"
+    run_build([folder], store, tiny_model)
+    changed = folder / "shape-00003.txt"
+    changed.write_text("another caption")
+    kept = {path: path.read_bytes() for path in (store / "scans").iterdir()}
+    opened.clear()
+    assert diff_folder(store, folder, "main", None).changed == {"shape-00003.png": "captions"}
+    assert opened == [changed.name]
+    opened.clear()
+    config = choose_datasets(load_config(BuildConfig, sets=SMALL), folder, None)
+    how = DryRunOptions(timing=False)
+    foreseen = dry_run(open_sources(config.datasets), tiny_model, config, BuildOptions(store, "main", "cpu"), how)
+    assert (foreseen.account.encoded_captions, foreseen.account.encoded_crops) == (1, 0)
+    assert opened == [changed.name]
+    assert {path: path.read_bytes() for path in (store / "scans").iterdir()} == kept
 
 
 @pytest.mark.parametrize("change", [change_in_place, exchange])
