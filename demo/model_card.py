@@ -3,6 +3,7 @@
 import json
 import platform
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -17,7 +18,7 @@ from demo.draw import draw
 from demo.judge import judge
 from demo.pipeline import draw_with_pipeline
 from demo.prompts import PICTURE_HW, PROMPTS_SEED, SETS, SIZES_HW, make_prompts
-from demo.scene import Scene, make_scene
+from demo.scene import KINDS, Scene, make_scene
 from demo.score import judge_pictures, score_sets
 from demo.train_vae import psnr_db
 from shared.vae import Vae
@@ -67,6 +68,7 @@ Measured by `python -m demo.train_tiny OUT --stage measure` on pictures and capt
 |---|---|
 | caption found for the picture, first of {retrieved} | {clip[caption_found]:.1%} |
 | picture found for the caption | {clip[picture_found]:.1%} |
+| of 8 captions that differ in the kind alone, the right one | {clip[kind_found]:.1%} |
 
 Drawn by diffusers' StableDiffusionXLPipeline, UniPC, {steps} steps, guidance {guidance}, {height} x {width} px, a seed
 each, and judged without a network (`demo.judge`):
@@ -120,7 +122,20 @@ def measure_clip(model: Path) -> dict[str, float]:
     own = torch.arange(len(scenes))
     table = torch.tensor(cosines).view(len(scenes), len(scenes))
     found = {"caption_found": table.argmax(1) == own, "picture_found": table.argmax(0) == own}
-    return {name: float(hits.float().mean()) for name, hits in found.items()}
+    return {name: float(hits.float().mean()) for name, hits in found.items()} | {"kind_found": _kind_found(model)}
+
+
+def _kind_found(model: Path) -> float:
+    """Share of pictures of one shape whose own caption is found among those that differ in the shape's kind alone."""
+    several = (make_scene(PROMPTS_SEED, i, sizes_hw=(PICTURE_HW,)) for i in range(2 * RETRIEVED))
+    alone = [scene for scene in several if len(scene.shapes) == 1][: RETRIEVED // 2]
+    captions = [
+        describe(replace(scene, shapes=(replace(scene.shapes[0], kind=kind),)))[0] for scene in alone for kind in KINDS
+    ]
+    cosines = clip_cosines(model / "clip", [draw(scene) for scene in alone], captions, every=True)
+    table = torch.tensor(cosines).view(len(alone), len(alone), len(KINDS))
+    found = table[range(len(alone)), range(len(alone))].argmax(1)  # among each picture's own captions
+    return fmean(KINDS[int(kind)] == scene.shapes[0].kind for kind, scene in zip(found, alone, strict=True))
 
 
 def _card(model: Path, scores: Mapping[str, Any]) -> str:
@@ -151,7 +166,7 @@ def _card(model: Path, scores: Mapping[str, Any]) -> str:
 def _how_made(model: Path) -> str:
     from safetensors import safe_open
 
-    from demo.train_tiny import CLIP_PLAN, VAE_PLAN
+    from demo.train_tiny import CLIP_PLAN, CLOSE_PLAN, VAE_PLAN
     from demo.unet_plan import MUON_RATE, PICTURE_SETS, UNET_RUNS
 
     def millions(part: str) -> str:
@@ -176,7 +191,8 @@ def _how_made(model: Path) -> str:
         (
             f"- VAE ({millions('vae')} parameters): {VAE_PLAN.steps} steps of {VAE_PLAN.batch} drawn pictures, Muon.",
             f"- CLIP ({millions('clip')}; text encoders {towers}): {CLIP_PLAN.steps} steps of {CLIP_PLAN.batch} "
-            "pictures and captions, both text towers against one vision tower.",
+            f"pictures and captions, both text towers against one vision tower; then {CLOSE_PLAN.steps} steps, Muon, "
+            "mostly of scenes that differ in little and whose captions say in what.",
             f"- UNet ({millions('unet')}): `cache-build` on drawn pictures with four captions each, then "
             "`train-expert`, each run from the averaged weights of the one before:",
             *runs,

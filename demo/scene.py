@@ -90,11 +90,17 @@ def make_scene(seed: int, index: int, *, held_out: bool = False, sizes_hw: Seque
     size_hw = rng.choice(sizes_hw)
     ground = _make_ground(size_hw, rng)
     names = _name_shapes(2 if rng.random() < 0.6 else 1, held_out, rng)
-    places = None
-    while places is None:  # a draw that does not fit the picture is drawn anew
-        places = _place_one(size_hw, rng) if len(names) == 1 else _place_two(size_hw, rng)
+    places = place_shapes(len(names), size_hw, rng)
     shapes = (Shape(*name, *place) for name, place in zip(names, places, strict=True))
     return Scene(size_hw, ground, tuple(shapes))
+
+
+def place_shapes(count: int, size_hw: Size, rng: random.Random) -> list[tuple[Point, float]]:
+    """Where one or two shapes stand: the centre and the radius in pixels of each."""
+    places = None
+    while places is None:  # a draw that does not fit the picture is drawn anew
+        places = _place_one(size_hw, rng) if count == 1 else _place_two(size_hw, rng)
+    return places
 
 
 def size_word(radius_px: float, size_hw: Size) -> str:

@@ -5,6 +5,8 @@
 
 Radford et al. 2021, section 2.3: of all pictures of a batch, which is this caption's, and the other way round. The
 second text tower belongs to the CLIP; the first learns from the same pictures and keeps no projection, as in SDXL.
+First come batches of scenes that have nothing in common, then mostly batches of near relatives (demo.relatives), which
+only captions tell apart that are understood word for word.
 """
 
 import functools
@@ -19,10 +21,12 @@ from demo.draw import draw
 from demo.fit import fit
 from demo.fit_plan import FitPlan
 from demo.model_files import BOS, EOS, TEXT_LENGTH, make_vocabulary, text_settings
-from demo.scene import Size, make_scene
+from demo.relatives import GROUP, make_relatives
+from demo.scene import Scene, Size, make_scene
 from shared.seeding import make_generator
 
-PICTURES_SEED = 102  # no picture that it learns from is in a data set
+PICTURES_SEED, RELATIVES_SEED = 102, 103  # no picture that it learns from is in a data set
+STRANGERS_EVERY = 4  # of so many batches in the second fit one has nothing in common
 SIZES_HW: tuple[Size, ...] = ((64, 64), (64, 88), (88, 64))
 IMAGE_PX, PATCH_PX = 48, 8
 IMAGE_MEAN, IMAGE_STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
@@ -54,18 +58,24 @@ class TwoTexts(nn.Module):
         return sum(_contrast(pictures, text, scale) for text in texts) / len(texts)  # type: ignore[return-value]
 
 
-def train_clip(folder: Path, plan: FitPlan, device: torch.device) -> dict[str, dict[str, Tensor]]:
+def train_clip(folder: Path, plan: FitPlan, close_plan: FitPlan, device: torch.device) -> dict[str, dict[str, Tensor]]:
     """Weights, averaged, by the names that each component's class has for them; goes on with what `folder` holds."""
     torch.manual_seed(plan.seed)  # the layers of the library draw their first weights from torch's own generator
     model = TwoTexts().to(device)
 
-    def loss(step: int) -> Tensor:
-        pixels, ids = make_batch(PICTURES_SEED, step, plan.batch)
+    def loss(pixels: Tensor, ids: Tensor) -> Tensor:
         with torch.autocast(device.type, torch.bfloat16):
             value: Tensor = model(pixels.to(device), ids.to(device))
         return value
 
-    weights = {name: tensor.cpu() for name, tensor in fit("clip", model, loss, plan, folder).items()}
+    def close(step: int) -> tuple[Tensor, Tensor]:
+        is_strange = step % STRANGERS_EVERY == 0
+        return (make_batch if is_strange else make_close_batch)(RELATIVES_SEED, step, close_plan.batch)
+
+    averaged = fit("clip", model, lambda step: loss(*make_batch(PICTURES_SEED, step, plan.batch)), plan, folder)
+    model.load_state_dict(averaged)
+    averaged = fit("clip-close", model, lambda step: loss(*close(step)), close_plan, folder)
+    weights = {name: tensor.cpu() for name, tensor in averaged.items()}
     clip = {name.removeprefix("clip."): tensor for name, tensor in weights.items() if name.startswith("clip.")}
     second = ("text_model.", "text_projection.")
     return {
@@ -103,10 +113,22 @@ def make_batch(seed: int, step: int, count: int) -> tuple[Tensor, Tensor]:
     """Pictures fp32 [B, 3, 48, 48] and the ids [B, n] of one caption of each, padded with end marks."""
     size_hw = SIZES_HW[step % len(SIZES_HW)]
     scenes = [make_scene(seed, step * count + i, sizes_hw=(size_hw,)) for i in range(count)]
-    pixels = torch.stack([torch.frombuffer(bytearray(draw(scene).tobytes()), dtype=torch.uint8) for scene in scenes])
     chosen = torch.randint(4, (count,), generator=make_generator(seed, "caption", step))
     captions = [describe(scene)[int(choice)] for scene, choice in zip(scenes, chosen, strict=True)]
-    return to_clip_input(pixels.view(count, *size_hw, 3)), tokenize(captions)
+    return _see(scenes), tokenize(captions)
+
+
+def make_close_batch(seed: int, step: int, count: int) -> tuple[Tensor, Tensor]:
+    """The same of groups of relatives; `count` is a multiple of their GROUP."""
+    size_hw, groups = SIZES_HW[step % len(SIZES_HW)], count // GROUP
+    pairs = [pair for i in range(groups) for pair in make_relatives(seed, step * groups + i, size_hw)]
+    return _see([scene for scene, _ in pairs]), tokenize([caption for _, caption in pairs])
+
+
+def _see(scenes: list[Scene]) -> Tensor:
+    """What the vision tower sees of scenes of one size, fp32 [B, 3, 48, 48]."""
+    pixels = torch.stack([torch.frombuffer(bytearray(draw(scene).tobytes()), dtype=torch.uint8) for scene in scenes])
+    return to_clip_input(pixels.view(len(scenes), *scenes[0].size_hw, 3))
 
 
 def to_clip_input(pixels: Tensor) -> Tensor:
