@@ -48,8 +48,9 @@ run: the model that both experts begin with. Weights are fp16; {megabytes:.1f} M
 Every batch is a function of a seed and the step, and a stopped run goes on where it was; the same bits come out only
 with the same library versions, processor and number of threads. These weights were made with interruptions: the VAE's
 first 200 steps ran on one thread and all of it under an earlier form of the optimizer's clipping and weight decay; the
-average of the UNet's third run went through fp16, and its last two ran on one thread but for 189 steps. So the command
-above gives weights like these and not these bits. None of the combinations of kind and colour that
+average of the UNet's third run went through fp16, and from the fourth on they ran on one thread but for 189 steps; the
+text encoders had their second fit, from fp16 weights, between the UNet's last two runs. So the command above gives
+weights like these and not these bits. None of the combinations of kind and colour that
 `demo.scene.held_out_combinations` names was ever shown to it. The words are those of `demo.captions.WORDS`.
 
 ## What it reaches
@@ -179,6 +180,7 @@ def _how_made(model: Path) -> str:
     towers = f"{millions('text_encoder')} and {millions('text_encoder_2')}"
     pictures = {
         name: f"{of.count} pictures of {', '.join(f'{w} x {h}' for h, w in of.sizes_hw)}"
+        + f" and {of.wide} windows into larger ones" * bool(of.wide)
         for name, of in PICTURE_SETS.items()
     }
     runs = [

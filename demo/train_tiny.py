@@ -30,8 +30,9 @@ from demo.model_files import (
     write_tokenizer,
     write_transformer,
 )
+from demo.scene import Size
 from demo.shapes import OneLineParser
-from demo.unet_plan import LEARNING_RATE, MUON_RATE, PICTURE_SETS, UNET_RUNS, UnetRun
+from demo.unet_plan import LEARNING_RATE, MUON_RATE, PICTURE_SETS, UNET_RUNS, WIDE_HW, UnetRun
 from shared.errors import ExpertsError
 
 if TYPE_CHECKING:
@@ -40,9 +41,18 @@ if TYPE_CHECKING:
 VAE_PLAN = FitPlan(steps=3200, learning_rate=3e-3, batch=16, muon_rate=0.02)
 CLIP_PLAN = FitPlan(steps=600, learning_rate=1e-3, batch=256, warmup=60)
 CLOSE_PLAN = FitPlan(steps=1400, learning_rate=1e-3, batch=256, warmup=60, muon_rate=0.02)
-PICTURES_SEED = 11
+PICTURES_SEED, WIDE_SEED = 11, 12
 CONFIGS = Path("configs/demo")
 TIME_ID_WIDTH = 16
+WINDOWS = """[[datasets]]
+id = "pictures"
+root = "{name}"
+
+[[datasets]]
+id = "wide"
+root = "{name}-wide"
+images = {{downsample_to = {wide_px}, crop = "random"}}
+"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -96,13 +106,22 @@ def make_clip(out: Path, device: str) -> None:
 def make_store(out: Path, device: str) -> None:
     """Draw the pictures and encode them with the project's own command."""
     _write_index(out / "model")
+    model = ["--model", str(out / "model"), "--config", str(CONFIGS / "cache.toml"), "--device", device]
     for name, pictures in PICTURE_SETS.items():
-        folder = out / "pictures" / name
-        sizes = [part for h, w in pictures.sizes_hw for part in ("--size", f"{h}x{w}")]
-        count = ["--count", str(pictures.count), "--seed", str(PICTURES_SEED)]
-        run([sys.executable, "-m", "demo.shapes", str(folder), *count, *sizes])
-        model = ["--model", str(out / "model"), "--config", str(CONFIGS / "cache.toml"), *_sets(pictures.sets)]
-        run(["cache-build", str(folder), "--store", str(out / "stores" / name), *model, "--device", device])
+        folder, store = out / "pictures" / name, ["--store", str(out / "stores" / name)]
+        _draw(folder, pictures.count, PICTURES_SEED, pictures.sizes_hw)
+        if not pictures.wide:
+            run(["cache-build", str(folder), *store, *model, *_sets(pictures.sets)])
+            continue
+        _draw(out / "pictures" / f"{name}-wide", pictures.wide, WIDE_SEED, (WIDE_HW,))
+        both = out / "pictures" / f"{name}.toml"
+        both.write_text(WINDOWS.format(name=name, wide_px=WIDE_HW[0]), encoding="utf-8")
+        run(["cache-build", *store, *model, "--config", str(both), *_sets(pictures.sets)])
+
+
+def _draw(folder: Path, count: int, seed: int, sizes_hw: Sequence[Size]) -> None:
+    sizes = [part for h, w in sizes_hw for part in ("--size", f"{h}x{w}")]
+    run([sys.executable, "-m", "demo.shapes", str(folder), "--count", str(count), "--seed", str(seed), *sizes])
 
 
 def make_unet(out: Path, device: str) -> None:

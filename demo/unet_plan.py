@@ -6,15 +6,20 @@ from demo.prompts import SIZES_HW
 from demo.scene import Size
 
 LEARNING_RATE, MUON_RATE = 2e-3, 0.02  # at a share of 1
+WIDE_HW: Size = (88, 88)
 
 
 @dataclass(frozen=True)
 class PictureSet:
-    """Pictures that a UNet learns from: how many, of which sizes, and how `cache-build` is told of those."""
+    """Pictures that a UNet learns from: how many, of which sizes, and how `cache-build` is told of those.
+
+    wide: so many more of WIDE_HW, of each of which a window of PICTURE_HW is cut at random.
+    """
 
     count: int
     sizes_hw: tuple[Size, ...]
     sets: tuple[str, ...] = ()
+    wide: int = 0
 
 
 @dataclass(frozen=True)
@@ -34,14 +39,17 @@ class UnetRun:
 PICTURE_SETS = {
     "large": PictureSet(16_000, ((96, 96), (80, 112), (112, 80)), ("images.resolution=96", "images.step=16")),
     "small": PictureSet(24_000, SIZES_HW),
+    "many": PictureSet(48_000, SIZES_HW, wide=6_000),
 }
 # The middle of the schedule, where forms are decided, is drowned by the high noise beside it: there the loss is four
 # times as large and mostly what no caption tells. So the middle is dwelt on. Pictures are smaller from the fourth run
-# on: half as many latents are learned from nearly twice as fast, and the VAE keeps all that captions say of them.
+# on: half as many latents are learned from nearly twice as fast, and the VAE keeps all that captions say of them. The
+# last run has windows among them, whose corners the ids tell: without those no id would mean anything.
 UNET_RUNS = (
     UnetRun("whole", "large", (0, 1000), 64, ((1105, 1.0), (2000, 0.4))),
     UnetRun("middle", "large", (50, 750), 64, ((900, 0.4), (1700, 0.15))),
     UnetRun("again", "large", (0, 1000), 64, ((500, 0.1), (900, 0.03))),
     UnetRun("small", "small", (50, 900), 64, ((1500, 0.4),)),
     UnetRun("last", "small", (0, 1000), 128, ((1200, 0.4), (2000, 0.25), (2700, 0.12), (3100, 0.05), (3300, 0.02))),
+    UnetRun("windows", "many", (0, 1000), 128, ((2600, 0.4), (3700, 0.25), (4300, 0.12), (4600, 0.05), (4800, 0.02))),
 )
