@@ -7,7 +7,8 @@ from pydantic import Field, field_validator, model_validator
 from shared.config import Config
 from shared.contract import NullPrompt, Spacing
 from shared.errors import ConfigError
-from shared.schedule import PredictionType, TimestepRange, check_objective
+from shared.schedule import HuberSchedule, PredictionType, TimestepRange, check_objective
+from trainer.timestep_bias import TimestepBias, timestep_shares
 
 
 class RangeConfig(Config):
@@ -41,8 +42,19 @@ class ScheduleConfig(Config):
 class LossConfig(Config):
     """The training objective."""
 
+    type: Literal["mse", "huber"] = "mse"
+    """Squared error, or pseudo-Huber, which counts errors above huber_c in proportion alone."""
+    huber_c: float = Field(0.1, gt=0)
+    """Error at which "huber" turns from a square into a line, at full noise; in units of what is predicted."""
+    huber_schedule: HuberSchedule = "snr"
+    """How that runs from 1 at no noise to huber_c at full noise; "constant" is huber_c everywhere."""
     min_snr_gamma: float | None = Field(None, gt=0)
     """Clip the weight of low-noise timesteps (min-SNR); unset: every timestep weighs the same."""
+    offset_noise: float = Field(0.0, ge=0, le=1)
+    """Deviation of noise that is the same all over a channel, added to the noise; learned as part of it."""
+    input_perturbation: float = Field(0.0, ge=0, le=1)
+    """Deviation of noise that is added to what the UNet is shown and not to what it is asked for."""
+    timestep_bias: TimestepBias = TimestepBias()
     caption_dropout: float = Field(0.1, ge=0, le=1)
     """Share of samples trained without their caption, for classifier-free guidance."""
     null_prompt: Literal["auto", "zeros", "encoded"] = "auto"
@@ -146,7 +158,18 @@ class ExpertConfig(Config):
             raise ValueError(
                 f"timesteps.high {self.timesteps.high} is beyond the {self.schedule.num_timesteps} there are"
             )
+        self._check_weights()
         return self
+
+    def _check_weights(self) -> None:
+        """Something must be left to learn: draws inside the range, and weights above zero."""
+        is_last_alone = self.timesteps.low == self.schedule.num_timesteps - 1
+        if is_last_alone and self.schedule.zero_terminal_snr and self.loss.min_snr_gamma is not None:
+            raise ValueError("loss.min_snr_gamma weighs the last timestep by its SNR, which zero_terminal_snr makes 0")
+        try:
+            timestep_shares(self.loss.timestep_bias, self.range)
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
 
     @property
     def range(self) -> TimestepRange:

@@ -17,6 +17,7 @@ from shared.device import choose_device
 from shared.errors import DataError, Stopped
 from shared.progress import progress, say
 from shared.store import StoreReader
+from trainer.advice import objective_advice
 from trainer.checkpoint import TrainingState, read_tensors, save_checkpoint
 from trainer.config import ExpertConfig
 from trainer.data import BatchReader, prefetch
@@ -62,7 +63,7 @@ def train_expert(request: Request) -> int:
             config.range,
             config.schedule.prediction_type,
             settings.scaling_factor,
-            config.loss.min_snr_gamma,
+            config.loss,
             config.seed,
         )
         reader = BatchReader(
@@ -79,6 +80,9 @@ def train_expert(request: Request) -> int:
         batches = prefetch(lambda index: reader.read(order[index]), first)
         curves = Curves(run.folder, run.first_step, enabled=config.log.tensorboard)
         say(f"{config.name}: timesteps {config.range}, {len(run.manifest)} samples, {device}, {config.precision}")
+        for line in objective_advice(config):
+            run.log.write("advice", why=line)
+            say(f"note: {line}")
 
         meter = Meter(config.batch * config.accumulation)
         advance_bar = progress(config.name, config.steps, "steps", run.first_step)
