@@ -8,6 +8,7 @@ from shared.config import Config
 from shared.contract import NullPrompt, Spacing
 from shared.errors import ConfigError
 from shared.schedule import HuberSchedule, PredictionType, TimestepRange, check_objective
+from trainer.data_config import DataConfig
 from trainer.timestep_bias import TimestepBias, timestep_shares
 
 
@@ -134,6 +135,7 @@ class ExpertConfig(Config):
     """Recompute activations in the backward pass: less memory, about a third more time."""
     schedule: ScheduleConfig = ScheduleConfig()
     loss: LossConfig = LossConfig()
+    data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     ema: EmaConfig = EmaConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()

@@ -29,6 +29,7 @@ from trainer.run import Request, Run, make_order, open_run
 from trainer.stopping import stop_requests
 from trainer.trackers import Curves
 from trainer.unet import ConditionedUnet, load_unet, read_unet_config
+from trainer.view import describe_view, view_of
 
 
 def train_expert(request: Request) -> int:
@@ -66,20 +67,24 @@ def train_expert(request: Request) -> int:
             config.loss,
             config.seed,
         )
+        pools = view_of(run.manifest, config.data)
         reader = BatchReader(
             store,
             run.manifest,
+            pools,
+            captions=config.data.captions,
             seed=config.seed,
             caption_dropout=config.loss.caption_dropout,
             null_prompt=facts.null_prompt,
             pin_memory=device.type == "cuda",
             on_corrupt=lambda path, why: run.log.write("corrupt", path=path, why=why),
         )
-        order = make_order(run)
+        order = make_order(run, pools)
         first = (run.first_step - run.manifest_use.from_step) * config.accumulation
         batches = prefetch(lambda index: reader.read(order[index]), first)
         curves = Curves(run.folder, run.first_step, enabled=config.log.tensorboard)
-        say(f"{config.name}: timesteps {config.range}, {len(run.manifest)} samples, {device}, {config.precision}")
+        seen = describe_view(run.manifest, pools)
+        say(f"{config.name}: timesteps {config.range}, {seen}, {device}, {config.precision}")
         for line in objective_advice(config):
             run.log.write("advice", why=line)
             say(f"note: {line}")

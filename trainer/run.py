@@ -6,6 +6,7 @@ RUN/events.jsonl    what happened
 RUN/checkpoints/    trainer/checkpoint.py
 """
 
+from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from shared.progress import say
 from shared.runlog import RunLog
 from trainer.checkpoint import Checkpoint, resumable_checkpoint, set_aside_newer
 from trainer.config import MAY_CHANGE, ExpertConfig, resolve_null_prompt
-from trainer.sampler import Order
+from trainer.sampler import Order, Pool
 from trainer.unet import choose_layout, read_unet_config, unet_digest
 
 
@@ -145,10 +146,9 @@ def _go_on(request: Request, lease: Lease) -> Run:
     return Run(folder, request.config, card, manifest, checkpoint, log, lease)
 
 
-def make_order(run: Run) -> Order:
+def make_order(run: Run, pools: Sequence[Pool]) -> Order:
     """The order of samples since the run's manifest began to be used."""
-    buckets = run.manifest.buckets("train")
-    return Order(buckets, run.config.batch, run.config.seed, run.manifest_use.from_epoch)
+    return Order(pools, run.config.batch, run.config.seed, run.manifest_use.from_epoch)
 
 
 def write_config(folder: Path, config: ExpertConfig) -> None:

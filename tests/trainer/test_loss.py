@@ -19,10 +19,12 @@ from trainer.batch import Batch
 from trainer.checkpoint import read_tensors
 from trainer.config import LossConfig
 from trainer.data import BatchReader
+from trainer.data_config import DataConfig
 from trainer.loop import train_expert
 from trainer.loss import DenoisingLoss, place_noise
 from trainer.sampler import MicroBatch
 from trainer.unet import ConditionedUnet, load_unet
+from trainer.view import view_of
 
 PLACES = [(0, 3), (0, 9), (4, 1)]
 WHOLE = TimestepRange(0, 1000)
@@ -139,7 +141,15 @@ def four(world: Any) -> Iterator[tuple[Any, list[Batch]]]:
     rows = tuple(int(row) for row in bucket.rows[:4])
     with StoreReader(world.store) as store:
         reader = BatchReader(
-            store, manifest, seed=0, caption_dropout=0.5, null_prompt="zeros", pin_memory=False, on_corrupt=print
+            store,
+            manifest,
+            view_of(manifest, DataConfig()),
+            captions="random",
+            seed=0,
+            caption_dropout=0.5,
+            null_prompt="zeros",
+            pin_memory=False,
+            on_corrupt=print,
         )
         micros = [(rows, 0), (rows[:2], 0), (rows[2:], 2)]
         yield (
