@@ -1,6 +1,6 @@
 """Exponential moving average of the weights, in fp32 beside the model."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +18,11 @@ class Ema:
         self._shadow = [weight.detach().clone().float() for weight in self._weights]
 
     @torch.no_grad()
-    def update(self) -> None:
-        """Take in the model's weights as they are now."""
+    def update(self, weights: Iterable[Tensor] | None = None) -> None:
+        """Take in the model's weights as they are now, or those that an optimizer gives in their place."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        torch._foreach_lerp_(self._shadow, [weight.float() for weight in self._weights], 1 - decay)
+        now = [weight.detach().float() for weight in (self._weights if weights is None else weights)]
+        torch._foreach_lerp_(self._shadow, now, 1 - decay)
         self.updates += 1
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -22,6 +22,7 @@ from trainer.checkpoint import TrainingState, read_tensors, save_checkpoint
 from trainer.config import ExpertConfig
 from trainer.data import BatchReader, prefetch
 from trainer.ema import Ema
+from trainer.learning_rate import rate_share
 from trainer.loss import DenoisingLoss
 from trainer.meter import Meter
 from trainer.optim import Optimizer
@@ -44,13 +45,15 @@ def train_expert(request: Request) -> int:
             return run.first_step
 
         # What is trained, and what it is trained by.
-        unet = load_unet(run.checkpoint.path / "unet" if run.checkpoint else request.model / "unet", device)
+        source = run.checkpoint.path if run.checkpoint else request.model
+        is_lean = config.precision == "bf16-lean"
+        unet = load_unet(source / "unet", device, torch.bfloat16 if is_lean else torch.float32)
         unet_config = read_unet_config(request.model / "unet")
         unet.train().requires_grad_(True)
         if config.gradient_checkpointing:
             unet.enable_gradient_checkpointing()
         parameters = list(unet.parameters())
-        optimizer = Optimizer(parameters, config.optimizer)
+        optimizer = Optimizer(parameters, config.optimizer, is_lean=is_lean)
         ema = Ema(unet, config.ema.decay) if config.ema.decay else None
         skipped = _restore(run, optimizer, ema, device)
 
@@ -106,10 +109,11 @@ def train_expert(request: Request) -> int:
                 # A step whose gradients are not finite is skipped and counted on the device; nobody waits for it here.
                 norm = torch.nn.utils.clip_grad_norm_(parameters, config.optimizer.clip_norm or float("inf"))
                 is_bad = (~torch.isfinite(norm)).float()
+                optimizer.scale_rates(rate_share(step, config.steps, config.optimizer.rate))
                 optimizer.step_unless_bad(is_bad)
                 optimizer.zero_grad()
                 if ema is not None:
-                    ema.update()
+                    ema.update(optimizer.weights())
                 skipped += is_bad
                 meter.add(step_loss, norm)
                 advance(1)
@@ -118,7 +122,7 @@ def train_expert(request: Request) -> int:
                 is_last = done == config.steps
                 is_asked = stop.asked()  # read once: a request that comes while saving is answered after the next step
                 if done % config.log.every == 0 or is_last:
-                    values = meter.read() | {"learning_rate": config.optimizer.learning_rate, "skipped": int(skipped)}
+                    values = meter.read() | {"learning_rate": optimizer.learning_rate, "skipped": int(skipped)}
                     run.log.write("step", step=done, epoch=batch.places[-1][0], **values)
                     curves.log(values, done)
                     if int(skipped) > config.optimizer.max_skipped:
@@ -132,11 +136,10 @@ def train_expert(request: Request) -> int:
                         threads=torch.get_num_threads(),
                         torch=torch.__version__,
                     )
-                    weights = {"unet": unet.state_dict()} | ({"ema": ema.state_dict()} if ema else {})
-                    moments = optimizer.tensors()
-                    path = save_checkpoint(
-                        run.folder, state, run.card, unet_config, weights, moments, config.checkpoint.keep
-                    )
+                    moments, keep = optimizer.tensors(), config.checkpoint.keep
+                    with optimizer.averaged():
+                        weights = {"unet": unet.state_dict()} | ({"ema": ema.state_dict()} if ema else {})
+                        path = save_checkpoint(run.folder, state, run.card, unet_config, weights, moments, keep)
                     run.log.write("checkpoint", step=done, path=path.name)
                 if is_asked and not is_last:
                     run.log.write("stopped", step=done)
@@ -158,7 +161,7 @@ def _predict(
         device.type, torch.bfloat16, enabled=config.precision == "bf16-mixed"
     )
     with autocast:
-        return model(x_t, t, text, time_ids, config.loss.aesthetic_score)
+        return model(x_t.to(model.dtype), t, text, time_ids, config.loss.aesthetic_score)
 
 
 def _restore(run: Run, optimizer: Optimizer, ema: Ema | None, device: torch.device) -> Tensor:

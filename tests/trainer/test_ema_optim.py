@@ -10,10 +10,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from shared.errors import CheckpointError, DataError
-from trainer.config import OptimizerConfig
 from trainer.ema import Ema
 from trainer.loop import train_expert
 from trainer.optim import Optimizer
+from trainer.optimizer_config import OptimizerConfig
 
 BAD, GOOD = torch.tensor(1.0), torch.tensor(0.0)
 
