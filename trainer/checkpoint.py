@@ -24,7 +24,15 @@ from torch import Tensor
 from shared.atomic import sync_file, sync_folder, write_atomically
 from shared.contract import ExpertCard
 from shared.errors import CheckpointError, StoreIO
-from trainer.rotation import OPTIMIZER_FILE, checkpoint_name, list_checkpoints, point_to_best, rotate, write_score
+from trainer.rotation import (
+    OPTIMIZER_FILE,
+    best_checkpoints,
+    checkpoint_name,
+    list_checkpoints,
+    point_to_best,
+    rotate,
+    write_score,
+)
 
 CHECKPOINT_FORMAT = 1
 
@@ -133,6 +141,21 @@ def newest_checkpoint(run: Path, on_bad: Callable[[str], None]) -> Checkpoint | 
     if paths:
         raise CheckpointError(f"no checkpoint of {run} verifies; start again with a new --output")
     return None
+
+
+def best_checkpoint(run: Path, on_bad: Callable[[str], None]) -> Checkpoint:
+    """The one of the lowest eval loss that verifies; each better one that does not is told to `on_bad`.
+
+    Raises CheckpointError where no checkpoint with an eval loss verifies.
+    """
+    for path in best_checkpoints(run):
+        try:
+            return open_checkpoint(path)
+        except CheckpointError as error:
+            on_bad(str(error))
+    raise CheckpointError(
+        f"no checkpoint of {run} has an eval loss and verifies; {run} itself stands for its newest one"
+    )
 
 
 def resumable_checkpoint(run: Path, on_bad: Callable[[str], None]) -> Checkpoint | None:

@@ -134,8 +134,9 @@ def train_expert(request: Request) -> int:
                         raise DataError(f"{int(skipped)} steps had gradients that were not finite: giving up at {done}")
                 is_saving = done % config.checkpoint.every == 0 or is_last or is_asked
                 score = None
-                if held_out.is_turn(done, is_saving) and (is_last or not is_asked):
-                    score = held_out.measure(predict, unet, ema)
+                if not is_asked and held_out.is_turn(done, is_saving):
+                    score = held_out.measure(predict, unet, ema, stop.asked)
+                if score is not None:
                     run.log.write("eval", step=done, **score.fields())
                     curves.log(score.curves(), done)
                     meter.leave_out(score.took_s)

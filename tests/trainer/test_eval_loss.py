@@ -23,12 +23,14 @@ from shared.store import StoreReader
 from tests.pictures import write_shapes
 from trainer.checkpoint import read_tensors
 from trainer.config import EvalConfig, LossConfig
+from trainer.ema import Ema
 from trainer.eval_loss import eval_loss, holding, plan_draws
 from trainer.eval_samples import PinnedSample, choose_samples, pin_samples, read_sample_batch
-from trainer.held_out import Turns
+from trainer.held_out import HeldOut, Turns
 from trainer.loop import train_expert
 from trainer.loss import DenoisingLoss
 from trainer.loss_bins import LossBins
+from trainer.run import open_run
 from trainer.unet import ConditionedUnet, load_unet
 
 CPU = torch.device("cpu")
@@ -271,6 +273,21 @@ def test_without_a_limit_every_turn_is_taken() -> None:
             turns.took(1e9)
             taken.append(done)
     assert taken == [3, 5, 6, 9, 10]
+
+
+def test_who_asks_to_stop_does_not_wait_for_it(world: Any, store: StoreReader, events: Events, tmp_path: Path) -> None:
+    """A request that comes while it measures breaks it off: what was saved has no score, the weights are their own."""
+    run = open_run(world.request(tmp_path / "run", *FREELY, "batch=2"))
+    unet = load_unet(world.model / "unet", CPU)
+    ema = Ema(unet, 0.5)
+    before = {name: p.detach().clone() for name, p in unet.named_parameters()}
+    model = partial(ConditionedUnet(unet, "sdxl", 64), aesthetic_score=6.0)
+    asked, held_out = iter([False] * 8 + [True] * 99), HeldOut(run, store, objective(BASE), CPU)
+    assert held_out.measure(model, unet, ema, lambda: next(asked)) is None  # the second pass, with the average
+    assert unet.training
+    assert all(torch.equal(p, before[name]) for name, p in unet.named_parameters())
+    assert held_out.measure(model, unet, ema) is not None
+    run.close()
 
 
 # --- by timestep while training ---

@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 
+from shared.errors import CheckpointError
 from trainer import rotation
 from trainer.checkpoint import open_checkpoint
+from trainer.generate import open_expert
 from trainer.loop import train_expert
 from trainer.rotation import best_checkpoints, checkpoint_name, list_checkpoints, rotate, write_score
 
@@ -160,6 +162,15 @@ def test_a_run_keeps_its_best_checkpoint(world: Any, events: Any, tmp_path: Path
     assert (best(run)["step"], best(run)["path"], best(run)["loss"]) == (2, "step-00000002", losses[2])
     kept = open_checkpoint(run / "checkpoints" / "step-00000002")
     assert not (kept.path / "optimizer.safetensors").exists()
+    assert open_expert(run).path.name == "step-00000010"
+    by_name = run / "checkpoints" / "best.json"
+    assert open_expert(by_name).path == kept.path
+    (kept.path / "state.json").write_text("{}")
+    assert open_expert(by_name).path.name == checkpoint_name(min((8, 10), key=lambda step: losses[step]))
+    for step in (8, 10):
+        (run / "checkpoints" / checkpoint_name(step) / "state.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="has an eval loss and verifies"):
+        open_expert(by_name)
 
 
 def test_killed_and_gone_on_with_the_best_is_the_same(
