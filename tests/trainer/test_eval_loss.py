@@ -197,6 +197,20 @@ def test_at_most_256_and_whichever_others_there_are(world: Any) -> None:
     assert choose_samples(manifest)[:2] == some
 
 
+def test_a_move_to_means_alone_keeps_the_variance_of_what_was_pinned(
+    world: Any, events: Events, tmp_path: Path
+) -> None:
+    own, run = world.copy(tmp_path / "store"), tmp_path / "run"
+    sets = ("batch=1", "ema.decay=0", "optimizer.learning_rate=1e-12", *FREELY)
+    train_expert(own.request(run, "steps=2", *sets))
+    own.build("encode.latents=mean")
+    assert open_manifest(own.store, "main").settings.latents == "mean"
+    train_expert(own.request(run, "steps=4", *sets, move="main"))
+    first, last = events(run, "eval")
+    assert (first["lost"], last["lost"]) == (0, 0)
+    assert last["loss"] == pytest.approx(first["loss"], rel=1e-6)
+
+
 def test_samples_that_are_trained_on_later_are_told(
     world: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
