@@ -22,8 +22,22 @@ from trainer.checkpoint import TrainingState, read_tensors, save_checkpoint
 from trainer.config import ExpertConfig
 from trainer.data import BatchReader, prefetch
 from trainer.ema import Ema
-from trainer.learning_rate import rate_share
+                    moments = optimizer.tensors()
+                    with optimizer.averaged():
+                        weights = {"unet": unet.state_dict()} | ({"ema": ema.state_dict()} if ema else {})
+                        path = save_checkpoint(
+                            run.folder,
+                            state,
+                            run.card,
+                            unet_config,
+                            weights,
+                            moments,
+                            config.checkpoint.keep,
+                            config.checkpoint.keep_best,
+                            score.best if score else None,
+                        )
 from trainer.loss import DenoisingLoss
+from trainer.loss_bins import LossBins
 from trainer.meter import Meter
 from trainer.optim import Optimizer
 from trainer.run import Request, Run, make_order, open_run
@@ -92,6 +106,8 @@ def train_expert(request: Request) -> int:
             run.log.write("advice", why=line)
             say(f"note: {line}")
 
+        held_out = HeldOut(run, store, loss, device)
+        bins = LossBins(config.range, device)
         meter = Meter(config.batch * config.accumulation)
         advance_bar = progress(config.name, config.steps, "steps", run.first_step)
         with closing(batches), closing(curves), advance_bar as advance:
@@ -102,7 +118,9 @@ def train_expert(request: Request) -> int:
                 step_loss = torch.zeros((), device=device)
                 for t_micro in t.view(-1, config.batch):
                     batch = meter.wait(batches).to(device)
-                    micro_loss = loss(predict, batch, t_micro).mean() / config.accumulation
+                    losses = loss(predict, batch, t_micro)
+                    bins.add(t_micro, losses)
+                    micro_loss = losses.mean() / config.accumulation
                     torch.autograd.backward(micro_loss)
                     step_loss += micro_loss.detach()
 
@@ -123,11 +141,23 @@ def train_expert(request: Request) -> int:
                 is_asked = stop.asked()  # read once: a request that comes while saving is answered after the next step
                 if done % config.log.every == 0 or is_last:
                     values = meter.read() | {"learning_rate": optimizer.learning_rate, "skipped": int(skipped)}
-                    run.log.write("step", step=done, epoch=batch.places[-1][0], **values)
-                    curves.log(values, done)
+                    by_t = bins.read(bins.take())
+                    run.log.write(
+                        "step", step=done, epoch=batch.places[-1][0], **values, bins=[one.as_list() for one in by_t]
+                    )
+                    curves.log(values | {f"loss/{one.name}": one.loss for one in by_t}, done)
                     if int(skipped) > config.optimizer.max_skipped:
                         raise DataError(f"{int(skipped)} steps had gradients that were not finite: giving up at {done}")
-                if done % config.checkpoint.every == 0 or is_last or is_asked:
+                is_saving = done % config.checkpoint.every == 0 or is_last or is_asked
+                score = None
+                if not is_asked and held_out.is_turn(done, is_saving):
+                    with optimizer.averaged():
+                        score = held_out.measure(predict, unet, ema, stop.asked)
+                if score is not None:
+                    run.log.write("eval", step=done, **score.fields())
+                    curves.log(score.curves(), done)
+                    meter.leave_out(score.took_s)
+                if is_saving:
                     state = TrainingState(
                         step=done,
                         epoch=batch.places[-1][0],
@@ -136,10 +166,20 @@ def train_expert(request: Request) -> int:
                         threads=torch.get_num_threads(),
                         torch=torch.__version__,
                     )
-                    moments, keep = optimizer.tensors(), config.checkpoint.keep
+                    moments = optimizer.tensors()
                     with optimizer.averaged():
                         weights = {"unet": unet.state_dict()} | ({"ema": ema.state_dict()} if ema else {})
-                        path = save_checkpoint(run.folder, state, run.card, unet_config, weights, moments, keep)
+                        path = save_checkpoint(
+                            run.folder,
+                            state,
+                            run.card,
+                            unet_config,
+                            weights,
+                            moments,
+                            config.checkpoint.keep,
+                            config.checkpoint.keep_best,
+                            score.best if score else None,
+                        )
                     run.log.write("checkpoint", step=done, path=path.name)
                 if is_asked and not is_last:
                     run.log.write("stopped", step=done)
