@@ -22,20 +22,8 @@ from trainer.checkpoint import TrainingState, read_tensors, save_checkpoint
 from trainer.config import ExpertConfig
 from trainer.data import BatchReader, prefetch
 from trainer.ema import Ema
-                    moments = optimizer.tensors()
-                    with optimizer.averaged():
-                        weights = {"unet": unet.state_dict()} | ({"ema": ema.state_dict()} if ema else {})
-                        path = save_checkpoint(
-                            run.folder,
-                            state,
-                            run.card,
-                            unet_config,
-                            weights,
-                            moments,
-                            config.checkpoint.keep,
-                            config.checkpoint.keep_best,
-                            score.best if score else None,
-                        )
+from trainer.held_out import HeldOut
+from trainer.learning_rate import rate_share
 from trainer.loss import DenoisingLoss
 from trainer.loss_bins import LossBins
 from trainer.meter import Meter
