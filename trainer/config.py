@@ -72,6 +72,8 @@ class EmaConfig(Config):
 
     decay: float = Field(0.999, ge=0, lt=1)
     """Decay per optimizer step once warmed up; 0 keeps no average."""
+    device: Literal["model", "cpu"] = "model"
+    """Where it is kept: beside the model, or on the host, where it takes none of a GPU's memory."""
 
 
 class CheckpointConfig(Config):
@@ -125,6 +127,10 @@ class ExpertConfig(Config):
     what rounding takes from their steps: 12 bytes a parameter for weight, gradient and moments (extra: lean)."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    channels_last: bool = False
+    """Keep weights and pictures with channels innermost, which convolutions on a GPU prefer."""
+    compile: bool = False
+    """Compile the UNet's repeated blocks, for every bucket before the first step (torch.compile)."""
     schedule: ScheduleConfig = ScheduleConfig()
     loss: LossConfig = LossConfig()
     data: DataConfig = DataConfig()
@@ -195,6 +201,7 @@ MAY_CHANGE = (
     "checkpoint.keep_best",
     "eval.every",
     "eval.share",
+    "ema.device",
     "log.every",
     "log.tensorboard",
     "optimizer.learning_rate",

@@ -19,6 +19,7 @@ from shared.progress import progress, say
 from shared.store import StoreReader
 from trainer.advice import objective_advice
 from trainer.checkpoint import TrainingState, read_tensors, save_checkpoint
+from trainer.compiled import compile_blocks, recompiling_is_an_error, warm_up
 from trainer.config import ExpertConfig
 from trainer.data import BatchReader, prefetch
 from trainer.ema import Ema
@@ -54,9 +55,14 @@ def train_expert(request: Request) -> int:
         unet.train().requires_grad_(True)
         if config.gradient_checkpointing:
             unet.enable_gradient_checkpointing()
+        if config.channels_last:
+            unet.to(memory_format=torch.channels_last)
+        if config.compile:
+            compile_blocks(unet)
         parameters = list(unet.parameters())
         optimizer = Optimizer(parameters, config.optimizer, is_lean=is_lean)
-        ema = Ema(unet, config.ema.decay) if config.ema.decay else None
+        ema_device = torch.device("cpu") if config.ema.device == "cpu" else device
+        ema = Ema(unet, config.ema.decay, device=ema_device) if config.ema.decay else None
         skipped = _restore(run, optimizer, ema, device)
 
         # What it is trained on, and towards what.
@@ -98,7 +104,9 @@ def train_expert(request: Request) -> int:
         bins = LossBins(config.range, device)
         meter = Meter(config.batch * config.accumulation)
         advance_bar = progress(config.name, config.steps, "steps", run.first_step)
-        with closing(batches), closing(curves), advance_bar as advance:
+        with closing(batches), closing(curves), recompiling_is_an_error(config.compile), advance_bar as advance:
+            if config.compile:
+                warm_up(unet, predict, {pool.hw for pool in pools}, config.batch, settings, device)
             if stop.asked():
                 raise Stopped(f"{run.folder} was opened and nothing done; the same command goes on")
             for step in range(run.first_step, config.steps):

@@ -52,8 +52,11 @@ class AdamWRule:
         return {f"{place}.{name}" for place in self._places for name in _ADAMW_ITEMS}
 
     def load(self, tensors: dict[str, Tensor]) -> None:
-        """Take over a state."""
-        state = {i: {name: tensors[f"{p}.{name}"] for name in _ADAMW_ITEMS} for i, p in enumerate(self._places)}
+        """Take over a state, moments in their weight's own order in memory: the fused step goes by that alone."""
+        state = {
+            i: {name: _laid_out_as(weight, tensors[f"{place}.{name}"]) for name in _ADAMW_ITEMS}
+            for i, (place, weight) in enumerate(zip(self._places, self.param_groups[0]["params"], strict=True))
+        }
         self._adamw.load_state_dict({"state": state, "param_groups": self._adamw.state_dict()["param_groups"]})
 
 
@@ -124,3 +127,9 @@ def as_matrix(tensor: Tensor) -> Tensor:
     if tensor.ndim == 4 and not tensor.is_contiguous():  # channels last
         tensor = tensor.permute(0, 2, 3, 1)
     return tensor.view(len(tensor), -1)
+
+
+def _laid_out_as(weight: Tensor, tensor: Tensor) -> Tensor:
+    if tensor.ndim != 4 or weight.is_contiguous():
+        return tensor
+    return torch.empty_like(weight, dtype=tensor.dtype, requires_grad=False).copy_(tensor)
