@@ -89,6 +89,7 @@ def test_past_the_limit_of_compiling_is_an_error(world: Any, dynamo: Any) -> Non
 
 
 @dynamo_looks
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.*")
 @pytest.mark.slow
 def test_a_compiled_run_learns_the_same(world: Any, dynamo: Any, tmp_path: Path) -> None:
     start = load_file(world.model / "unet" / "diffusion_pytorch_model.safetensors")
