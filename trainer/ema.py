@@ -36,9 +36,9 @@ class Ema:
     def update(self, weights: Iterable[Tensor] | None = None) -> None:
         """Take in the model's weights as they are now, or those that an optimizer gives in their place."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        now = (weight.detach().float() for weight in (self._weights if weights is None else weights))
+        now = self._weights if weights is None else weights
         if self._copies is None:
-            torch._foreach_lerp_(self._shadow, list(now), 1 - decay)
+            torch._foreach_lerp_(self._shadow, [w if w.dtype == torch.float32 else w.float() for w in now], 1 - decay)
         else:
             self._copies.take_in(now, 1 - decay)
         self.updates += 1

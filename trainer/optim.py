@@ -77,11 +77,12 @@ class Optimizer:
         for rule in self._rules:
             rule.step(is_bad)
 
-    def weights(self) -> Iterator[Tensor]:
+    def weights(self) -> Iterable[Tensor]:
         """The weights to average, in order: those that are trained, but for what a rule knows better."""
         known = {place: tensor for rule in self._rules for place, tensor in rule.weights().items()}
-        for place, parameter in enumerate(self._parameters):
-            yield known.get(place, parameter.detach())
+        if not known:
+            return self._parameters
+        return [known.get(place, parameter) for place, parameter in enumerate(self._parameters)]
 
     @contextmanager
     def averaged(self) -> Iterator[None]:

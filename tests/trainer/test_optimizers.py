@@ -197,7 +197,7 @@ def test_bf16_lean_moves_weights_as_fp32_does_and_plain_bf16_does_not() -> None:
         for _ in range(300):
             parameter.grad = (drift + torch.randn(20_000, generator=generator) * 1e-3).to(dtype)
             optimizer.step_unless_bad(GOOD)
-        return next(optimizer.weights()).double() - weights.double()
+        return next(iter(optimizer.weights())).double() - weights.double()
 
     def likeness(way: Tensor, reference: Tensor) -> tuple[float, float]:
         """Share of the way along the reference, and distance from it in its own length."""
@@ -219,7 +219,7 @@ def test_bf16_lean_decays_weights_by_way_of_the_compensation() -> None:
     for _ in range(50):
         parameter.grad = torch.zeros_like(parameter)
         optimizer.step_unless_bad(GOOD)
-    assert next(optimizer.weights())[0].item() == pytest.approx(0.75 * (1 - 1e-5) ** 50, rel=2e-5)
+    assert next(iter(optimizer.weights()))[0].item() == pytest.approx(0.75 * (1 - 1e-5) ** 50, rel=2e-5)
 
 
 @pytest.mark.parametrize(
