@@ -131,6 +131,18 @@ def test_training_does_not_notice(world: Any, files_of: Any, events: Events, tmp
     assert told[0] == told[1]
 
 
+@pytest.mark.parametrize(
+    "sets", [("precision=bf16-lean", "ema.device=cpu"), ("optimizer.name=schedule-free", "ema.decay=0")]
+)
+def test_nor_where_weights_are_not_plain(world: Any, files_of: Any, events: Events, tmp_path: Path, sets: Any) -> None:
+    """bf16 weights beside an fp32 average on the host, and an optimizer that keeps its average by itself."""
+    common = ("steps=3", "batch=1", "checkpoint.every=3", *sets)
+    train_expert(world.request(tmp_path / "without", *common, "eval.samples=0"))
+    train_expert(world.request(tmp_path / "with", *common, *FREELY, "eval.every=1"))
+    assert files_of(tmp_path / "with", 3) == files_of(tmp_path / "without", 3)
+    assert all(event["loss"] > 0 and event.get("loss_ema", 1) > 0 for event in events(tmp_path / "with", "eval"))
+
+
 def test_what_is_logged_is_that_of_the_checkpoint_and_of_its_average(
     world: Any, store: StoreReader, events: Events, tmp_path: Path
 ) -> None:

@@ -2,8 +2,10 @@
 
 import contextlib
 import json
+import random
 import shutil
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -173,16 +175,23 @@ def test_a_run_keeps_its_best_checkpoint(world: Any, events: Any, tmp_path: Path
         open_expert(by_name)
 
 
+@pytest.mark.parametrize(("kills", "steps"), [(1, 8), pytest.param(40, 60, marks=pytest.mark.slow)])
 def test_killed_and_gone_on_with_the_best_is_the_same(
-    world: Any, start: Callable[..., Any], events: Any, tmp_path: Path
+    world: Any, start: Callable[..., Any], tmp_path: Path, kills: int, steps: int
 ) -> None:
-    sets = ("steps=8", "batch=1", "optimizer.learning_rate=0.05", "checkpoint.every=1", "checkpoint.keep=2", *FREELY)
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    """Saved and evaluated at every step, killed while it saves: best.json always names one that is there."""
+    rate = "optimizer.learning_rate=0.05"
+    sets = (f"steps={steps}", "batch=1", rate, "checkpoint.every=1", "checkpoint.keep=2", *FREELY)
+    whole, broken, rng = tmp_path / "whole", tmp_path / "broken", random.Random(0)
     train_expert(world.request(whole, *sets))
-    command = start("train-expert", world.arguments(broken, *sets))
-    command.wait_for(lambda: len(list_checkpoints(broken)) > 1)
-    command.signal(signal.SIGKILL)
-    command.wait()
+    for _ in range(kills):
+        command, before = start("train-expert", world.arguments(broken, *sets)), list_checkpoints(broken)
+        command.wait_for(lambda before=before: list_checkpoints(broken)[:1] > before[:1])
+        time.sleep(rng.uniform(0, 0.1))
+        command.signal(signal.SIGKILL)
+        command.wait()
+        if (broken / "checkpoints" / "best.json").exists() and "path" in best(broken):
+            assert (broken / "checkpoints" / best(broken)["path"]).is_dir()
     train_expert(world.request(broken, *sets))
     assert best(broken) == best(whole)
     assert names(broken) == names(whole)
