@@ -163,7 +163,7 @@ def measure(world: World, folder: Path, device: torch.device, steps: int, batch:
 
 
 def sweep(
-    world: World, device: torch.device, steps: int, batches: Sequence[int], compiled: Sequence[bool]
+    world: World, device: torch.device, steps: int, batches: Sequence[int], compiled: Sequence[bool], mixed: bool
 ) -> list[Any]:
     """`measure` at every batch size, with and without checkpointing and compilation; None where memory is full."""
     results: list[Any] = []

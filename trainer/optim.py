@@ -48,6 +48,7 @@ class Optimizer:
 
     def __init__(self, parameters: Iterable[nn.Parameter], config: OptimizerConfig, *, is_lean: bool = False) -> None:
         self._parameters = list(parameters)
+        self._weights = [parameter.detach() for parameter in self._parameters]
         self._name = "bf16-lean AdamW" if is_lean else _NAMES[config.name]
         self._rules = _choose_rules(self._parameters, config, is_lean)
         self._rates = [group["lr"] for group in self.param_groups]
@@ -81,8 +82,8 @@ class Optimizer:
         """The weights to average, in order: those that are trained, but for what a rule knows better."""
         known = {place: tensor for rule in self._rules for place, tensor in rule.weights().items()}
         if not known:
-            return self._parameters
-        return [known.get(place, parameter) for place, parameter in enumerate(self._parameters)]
+            return self._weights
+        return [known.get(place, weight) for place, weight in enumerate(self._weights)]
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
