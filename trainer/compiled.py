@@ -36,7 +36,8 @@ def warm_up(
     known: ManifestSettings,
     device: torch.device,
 ) -> None:
-    """A pass forth and back, and one of evaluation, of zeros of each bucket's size; gradients are let go of again."""
+    """A pass forth and back, and one of evaluation, of zeros of each bucket's size; weights and gradients stay."""
+    trained = [parameter for parameter in unet.parameters() if parameter.requires_grad]
     for h, w in buckets_hw:
         x = torch.zeros(batch, known.latent_channels, h // known.downscale, w // known.downscale, device=device)
         width, length = sum(known.text_widths), known.text_chunks * TEXT_LENGTH
@@ -44,13 +45,11 @@ def warm_up(
             torch.zeros(batch, length, width, device=device), torch.zeros(batch, known.pooled_width, device=device)
         )
         t, ids = torch.zeros(batch, dtype=torch.int64, device=device), torch.zeros(batch, 6, device=device)
-        torch.autograd.backward(predict(x, t, text, ids).float().mean())
+        torch.autograd.grad(predict(x, t, text, ids).float().mean(), trained, allow_unused=True)
         unet.eval()
         with torch.no_grad():
             predict(x, t, text, ids)
         unet.train()
-    for parameter in unet.parameters():
-        parameter.grad = None
 
 
 @contextmanager

@@ -170,12 +170,21 @@ class ExpertConfig(Config):
                 f"timesteps.high {self.timesteps.high} is beyond the {self.schedule.num_timesteps} there are"
             )
         self._check_weights()
+        self._check_optimizer()
+        return self
+
+    def _check_optimizer(self) -> None:
         if self.precision == "bf16-lean" and self.optimizer.name != "adamw":
             raise ValueError(
                 f"precision = 'bf16-lean' is a way of AdamW: {self.optimizer.name!r} would lose its steps to rounding. "
                 "Use 'bf16-mixed', or optimizer.name = 'adamw'"
             )
-        return self
+        fused = self.optimizer.fused_backward
+        if fused and (self.precision != "bf16-lean" or self.accumulation > 1 or self.optimizer.clip_norm > 0):
+            raise ValueError(
+                "optimizer.fused_backward steps before all gradients are known: it needs precision = 'bf16-lean', "
+                "accumulation = 1 and optimizer.clip_norm = 0"
+            )
 
     def _check_weights(self) -> None:
         """Something must be left to learn: draws inside the range, and weights above zero."""

@@ -37,10 +37,13 @@ class Ema:
         """Take in the model's weights as they are now, or those that an optimizer gives in their place."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         now = self._weights if weights is None else weights
-        if self._copies is None:
-            torch._foreach_lerp_(self._shadow, [w if w.dtype == torch.float32 else w.float() for w in now], 1 - decay)
-        else:
+        if self._copies is not None:
             self._copies.take_in(now, 1 - decay)
+        elif isinstance(now, list) and all(weight.dtype == torch.float32 for weight in now):
+            torch._foreach_lerp_(self._shadow, now, 1 - decay)
+        else:  # one at a time: they may be made for this alone
+            for shadow, weight in zip(self._shadow, now, strict=True):
+                shadow.lerp_(weight.float(), 1 - decay)
         self.updates += 1
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -7,11 +7,15 @@ move. torch-optimi's AdamW steps each weight beside its compensation; the dtypes
     exp_avg_sq          fp32: beta2 = 0.999 takes a thousandth off, and bf16 rounds that back on
     exp_avg             bf16: beta1 = 0.9 takes a tenth off
 
-That is 12 bytes a parameter with weight and gradient. Parameters of another dtype are stepped in their own.
+That is 12 bytes a parameter with weight and gradient, 10 where each weight is stepped as soon as the backward pass has
+its gradient (optimizer.fused_backward). Then no gradient waits for others: there is no norm of all to clip by, nothing
+accumulates, and a gradient that is not finite leaves out its own weight alone. Parameters of another dtype are stepped
+in their own.
 """
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,6 +35,11 @@ class KahanRule:
         self._parameters, self._config = parameters, config
         self._group: dict[str, Any] = {"lr": config.learning_rate}
         self._state = {place: _begin(parameter) for place, parameter in parameters.items()}
+        self._norms: list[Tensor] = []
+        if config.fused_backward:
+            for place, parameter in parameters.items():
+                hooked: Any = parameter
+                hooked.register_post_accumulate_grad_hook(partial(self._step_at_once, place))
         self._done = 0  # steps, bad ones too: bias correction asks for their number on the host
 
     @property
@@ -38,17 +47,38 @@ class KahanRule:
         """One, of the rate alone."""
         return [self._group]
 
-    @torch.no_grad()
     def step(self, is_bad: Tensor) -> None:
-        """One step, or none where `is_bad` is 1."""
+        """One step, or none where `is_bad` is 1; those that are fused into the backward pass were taken there."""
         for place, parameter in self._parameters.items():
             if parameter.grad is not None:
-                tensors = [parameter.detach(), *self._state[place].values()]
-                before = [tensor.clone() for tensor in tensors]
-                self._step_one(parameter.detach(), parameter.grad, self._state[place])
-                for tensor, old in zip(tensors, before, strict=True):
-                    tensor.copy_(torch.where(is_bad > 0, old, tensor))
+                self._step_unless(is_bad, place)
         self._done += 1
+
+    @torch.no_grad()
+    def _step_unless(self, is_bad: Tensor, place: int) -> None:
+        parameter = self._parameters[place]
+        assert parameter.grad is not None
+        tensors = [parameter.detach(), *self._state[place].values()]
+        before = [tensor.clone() for tensor in tensors]
+        self._step_one(parameter.detach(), parameter.grad, self._state[place])
+        for tensor, old in zip(tensors, before, strict=True):
+            tensor.copy_(torch.where(is_bad > 0, old, tensor))
+
+    def _step_at_once(self, place: int, parameter: Tensor) -> None:
+        """Step a weight as soon as its gradient is there, unless that is not finite, and let go of the gradient."""
+        assert parameter.grad is not None
+        norm = torch.linalg.vector_norm(parameter.grad, dtype=torch.float32)
+        self._norms.append(norm)
+        self._step_unless((~torch.isfinite(norm)).float(), place)
+        parameter.grad = None
+
+    def fused_norm(self) -> Tensor | None:
+        """Norm of all gradients of the backward pass that stepped; None where steps are not fused into it."""
+        if not self._config.fused_backward:
+            return None
+        norms, self._norms = self._norms, []
+        norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+        return norm
 
     def _step_one(self, weight: Tensor, gradient: Tensor, state: dict[str, Tensor]) -> None:
         from optimi.adamw import adamw
@@ -72,13 +102,11 @@ class KahanRule:
             kahan_sum=compensation is not None,
         )
 
-    def weights(self) -> dict[int, Tensor]:
-        """Weights with what rounding took from them, in fp32."""
-        return {
-            place: self._parameters[place].detach().float() + state["kahan_comp"].float()
-            for place, state in self._state.items()
-            if "kahan_comp" in state
-        }
+    def weights(self) -> Iterator[Tensor]:
+        """Weights with what rounding took from them, in fp32, made one at a time."""
+        for place, state in self._state.items():
+            weight = self._parameters[place].detach().float()
+            yield weight + state["kahan_comp"] if "kahan_comp" in state else weight
 
     def tensors(self) -> dict[str, Tensor]:
         """Moments and compensation of each parameter, and the count of steps."""

@@ -77,16 +77,16 @@ class LibraryRule:
         kept = {name: state[name] for name in self._library.items(self._views[place]) if name in state}
         return {"weight": self._views[place]} | {n: t for n, t in kept.items() if isinstance(t, Tensor)}
 
-    def weights(self) -> dict[int, Tensor]:
+    def weights(self) -> Iterator[Tensor] | None:
         """The average x of what is trained, y = (1 - beta1) z + beta1 x (Defazio et al. 2024, arXiv:2405.15682)."""
-        if not self.is_average:
-            return {}
-        state = {place: optimizer.state.get(self._views[place], {}) for optimizer, ps in self._chunks for place in ps}
-        return {
-            place: self._shaped(place, torch.lerp(self._views[place], entry["z"], 1 - 1 / self._beta1))
-            for place, entry in state.items()
-            if "z" in entry
-        }
+        return self._averages() if self.is_average else None
+
+    def _averages(self) -> Iterator[Tensor]:
+        for optimizer, places in self._chunks:
+            for place in places:
+                view = self._views[place]
+                z = optimizer.state.get(view, {}).get("z", view)
+                yield self._shaped(place, torch.lerp(view, z, 1 - 1 / self._beta1))
 
     def _shaped(self, place: int, flat: Tensor) -> Tensor:
         """A flat tensor, in the order of the weight in memory, in the weight's shape."""

@@ -110,6 +110,7 @@ def train_expert(request: Request) -> int:
             if stop.asked():
                 raise Stopped(f"{run.folder} was opened and nothing done; the same command goes on")
             for step in range(run.first_step, config.steps):
+                optimizer.scale_rates(rate_share(step, config.steps, config.optimizer.rate))
                 t = loss.timesteps(step, config.batch * config.accumulation, device)
                 step_loss = torch.zeros((), device=device)
                 for t_micro in t.view(-1, config.batch):
@@ -121,9 +122,8 @@ def train_expert(request: Request) -> int:
                     step_loss += micro_loss.detach()
 
                 # A step whose gradients are not finite is skipped and counted on the device; nobody waits for it here.
-                norm = torch.nn.utils.clip_grad_norm_(parameters, config.optimizer.clip_norm or float("inf"))
+                norm = optimizer.clip(config.optimizer.clip_norm)
                 is_bad = (~torch.isfinite(norm)).float()
-                optimizer.scale_rates(rate_share(step, config.steps, config.optimizer.rate))
                 optimizer.step_unless_bad(is_bad)
                 optimizer.zero_grad()
                 if ema is not None:

@@ -57,6 +57,9 @@ def count_memory(unet: Any, config: ExpertConfig, one_pass: Pass) -> Memory:
     if config.gradient_checkpointing:
         again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False, context_fn=_once_more)
         unet.enable_gradient_checkpointing(again)
+    if config.optimizer.fused_backward:
+        for parameter in trained:
+            parameter.register_post_accumulate_grad_hook(_let_go)
     live = LiveBytes()
     with FusedAttention(), live:
         for _ in range(min(2, config.accumulation)):  # the second beside the gradients of the first
@@ -74,6 +77,10 @@ def count_memory(unet: Any, config: ExpertConfig, one_pass: Pass) -> Memory:
         passes=live.peak,
         step=gradients + largest * (30 if is_lean else 0),
     )
+
+
+def _let_go(parameter: Tensor) -> None:
+    parameter.grad = None
 
 
 def _once_more() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:

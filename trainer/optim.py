@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from shared.errors import CheckpointError
@@ -30,8 +31,11 @@ class Rule(Protocol):
     def step(self, is_bad: Tensor) -> None:
         """One step, or none where `is_bad` (a scalar, 0.0 or 1.0) is 1."""
 
-    def weights(self) -> dict[int, Tensor]:
-        """Weights to evaluate and average, by the parameter's place."""
+    def weights(self) -> Iterator[Tensor] | None:
+        """Weights to evaluate and average, one after another; None where they are the parameters themselves.
+
+        A rule that has its own takes all parameters.
+        """
 
     def tensors(self) -> dict[str, Tensor]:
         """The state."""
@@ -73,6 +77,11 @@ class Optimizer:
         for parameter in self._parameters:
             parameter.grad = None
 
+    def clip(self, most: float) -> Tensor:
+        """The norm of all gradients together, which are scaled down to `most` where it is larger; 0 does not scale."""
+        norm = self._rules[0].fused_norm() if isinstance(self._rules[0], KahanRule) else None
+        return torch.nn.utils.clip_grad_norm_(self._parameters, most or float("inf")) if norm is None else norm
+
     def step_unless_bad(self, is_bad: Tensor) -> None:
         """One step, or none where `is_bad` (a scalar, 0.0 or 1.0, on the weights' device) is 1."""
         for rule in self._rules:
@@ -80,24 +89,21 @@ class Optimizer:
 
     def weights(self) -> Iterable[Tensor]:
         """The weights to average, in order: those that are trained, but for what a rule knows better."""
-        known = {place: tensor for rule in self._rules for place, tensor in rule.weights().items()}
-        if not known:
-            return self._weights
-        return [known.get(place, weight) for place, weight in enumerate(self._weights)]
+        own = self._rules[0].weights()
+        return self._weights if own is None else own
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """In here the parameters are those to evaluate and save; afterwards, bit for bit, those to train."""
-        swapped = [rule for rule in self._rules if isinstance(rule, LibraryRule) and rule.is_average]
-        trained = {place: self._parameters[place].detach().clone() for rule in swapped for place in rule.weights()}
-        for rule in swapped:
-            for place, tensor in rule.weights().items():
-                self._parameters[place].detach().copy_(tensor)
+        is_average = any(isinstance(rule, LibraryRule) and rule.is_average for rule in self._rules)
+        trained = [weight.clone() for weight in self._weights] if is_average else []
+        for weight, average in zip(self._weights, self.weights(), strict=True) if is_average else ():
+            weight.copy_(average)
         try:
             yield
         finally:
-            for place, tensor in trained.items():
-                self._parameters[place].detach().copy_(tensor)
+            for weight, own in zip(self._weights, trained, strict=False):
+                weight.copy_(own)
 
     def tensors(self) -> dict[str, Tensor]:
         """The state as {"<index>.<name>": tensor}; indices count the parameters in order."""

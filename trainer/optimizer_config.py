@@ -43,6 +43,8 @@ class OptimizerConfig(Config):
     """Decoupled decay of the weights."""
     clip_norm: float = Field(1.0, ge=0)
     """Largest norm of all gradients together; 0 does not clip."""
+    fused_backward: bool = False
+    """Step each weight in the backward pass and keep no gradients; bf16-lean, without accumulation or clipping."""
     max_skipped: int = Field(100, ge=0)
     """Give up after this many steps skipped for gradients that were not finite."""
 

@@ -38,9 +38,9 @@ class AdamWRule:
         scaled.found_inf = is_bad
         self._adamw.step()
 
-    def weights(self) -> dict[int, Tensor]:
+    def weights(self) -> None:
         """None but the parameters themselves."""
-        return {}
+        return
 
     def tensors(self) -> dict[str, Tensor]:
         """Both moments and the count of steps of each parameter."""
@@ -99,9 +99,9 @@ class MuonRule:
         state = self._muon.state
         return {place: state[view]["momentum_buffer"] for place, view in self._views.items() if state.get(view)}
 
-    def weights(self) -> dict[int, Tensor]:
+    def weights(self) -> None:
         """None but the parameters themselves."""
-        return {}
+        return
 
     def tensors(self) -> dict[str, Tensor]:
         """The momentum of each matrix."""

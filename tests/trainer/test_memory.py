@@ -106,6 +106,11 @@ def test_settings_that_save_memory_do() -> None:
     assert (lean.weights, lean.state, lean.average) == (fp32.weights // 2, 2 * fp32.weights, 0)
     assert lean.passes == pytest.approx(fp32.passes / 2, rel=0.1)
     assert small.state < 0.5 * fp32.state
+    fused = ("optimizer.fused_backward=true", "optimizer.clip_norm=0", "accumulation=1")
+    assert (
+        count(TINY, "precision=bf16-lean", *fused, hw=16).passes
+        < 0.7 * count(TINY, fused[2], "precision=bf16-lean", hw=16).passes
+    )
 
 
 def test_without_checkpointing_activations_grow_with_the_picture() -> None:

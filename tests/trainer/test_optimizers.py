@@ -19,6 +19,7 @@ from trainer.optim import Optimizer
 from trainer.optimizer_config import OptimizerConfig, RateConfig
 
 BAD, GOOD = torch.tensor(1.0), torch.tensor(0.0)
+FUSED = ("precision=bf16-lean", "optimizer.fused_backward=true", "optimizer.clip_norm=0")
 OTHERS = ("adamw-8bit", "adafactor", "schedule-free", "bf16-lean")
 
 
@@ -251,6 +252,9 @@ def test_eight_bits_are_refused_where_there_are_no_kernels() -> None:
         (("precision=bf16-lean", "optimizer.name=adafactor"), "'adafactor' would lose its steps to rounding"),
         (("optimizer.name=schedule-free", "optimizer.rate.shape=cosine"), "takes no falling rate"),
         (("optimizer.name=schedule-free", "optimizer.beta1=0"), "needs a beta1 above 0"),
+        (("optimizer.fused_backward=true", "optimizer.clip_norm=0"), "it needs precision = 'bf16-lean'"),
+        (("optimizer.fused_backward=true", "precision=bf16-lean"), "optimizer.clip_norm = 0"),
+        ((*FUSED, "accumulation=2"), "accumulation = 1"),
     ],
 )
 def test_what_cannot_be_is_refused(world: Any, sets: tuple[str, ...], line: str) -> None:
@@ -284,6 +288,30 @@ def test_what_schedule_free_saves_is_the_average(world: Any, tmp_path: Path) -> 
     average = torch.lerp(state[f"{place}.trained"], state[f"{place}.z"], 1 - 1 / 0.9)
     saved = [t for t in unet.values() if t.numel() == len(average) and torch.equal(t.flatten(), average)]
     assert len(saved) == 1
+
+
+def test_steps_in_the_backward_pass_are_the_same_steps(
+    world: Any, files_of: Callable[..., Any], events: Callable[..., Any], tmp_path: Path
+) -> None:
+    sets = ("steps=4", "batch=1", "optimizer.rate.warmup_steps=3")
+    train_expert(world.request(tmp_path / "after", *sets, FUSED[0], FUSED[2]))
+    train_expert(world.request(tmp_path / "within", *sets, *FUSED))
+    assert files_of(tmp_path / "within", 4) == files_of(tmp_path / "after", 4)
+    norms = [[event["grad_norm"] for event in events(tmp_path / run, "step")] for run in ("within", "after")]
+    assert norms[0] == pytest.approx(norms[1], rel=0.01)
+
+
+def test_a_bad_gradient_in_the_backward_pass_leaves_its_weight_out() -> None:
+    good, bad = (nn.Parameter(torch.ones(8, dtype=torch.bfloat16)) for _ in range(2))
+    config = OptimizerConfig(learning_rate=0.1, fused_backward=True, clip_norm=0)
+    optimizer = Optimizer([good, bad], config, is_lean=True)
+    torch.autograd.backward((good + bad * float("nan")).sum())
+    assert good.grad is None
+    assert bad.grad is None
+    assert not torch.isfinite(optimizer.clip(0))
+    assert (good < 1).all()
+    assert (bad == 1).all()
+    assert all(tensor.isfinite().all() for tensor in optimizer.tensors().values())
 
 
 # --- learning rates ---
