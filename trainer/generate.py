@@ -20,8 +20,9 @@ from shared.progress import progress, say
 from shared.prompts import read_prompts_file
 from shared.text_encoders import TextEncoders, TextFacts, read_text_facts
 from shared.vae import Vae, VaeFacts, choose_encode_dtype, read_vae_facts
-from trainer.checkpoint import Checkpoint, newest_checkpoint, open_checkpoint
+from trainer.checkpoint import Checkpoint, best_checkpoint, newest_checkpoint, open_checkpoint
 from trainer.ensemble import DrawSettings, Expert, ExpertEnsemble, Prompt, make_scheduler
+from trainer.rotation import BEST_FILE
 from trainer.unet import ConditionedUnet, load_unet
 
 
@@ -86,9 +87,11 @@ def read_prompts(given: Sequence[str], path: Path | None) -> list[str]:
 
 
 def open_expert(path: Path) -> Checkpoint:
-    """The newest checkpoint of a run folder, or the checkpoint at `path` itself, verified."""
+    """The newest checkpoint of a run folder, its best (RUN/checkpoints/best.json), or the one at `path`; verified."""
     if (path / "checksums.json").exists():
         return open_checkpoint(path)
+    if path.name == BEST_FILE:
+        return best_checkpoint(path.parent.parent, lambda why: say(f"passed over: {why}"))
     if not path.is_dir():
         raise CheckpointError(f"no run folder {path}")
     checkpoint = newest_checkpoint(path, lambda why: say(f"passed over: {why}"))

@@ -16,11 +16,16 @@ from shared.conditioning import PromptEmbeds
 from shared.errors import DataError, Stopped
 from shared.progress import progress, say
 from shared.store import StoreReader
+from trainer.advice import objective_advice
 from trainer.checkpoint import TrainingState, read_tensors, save_checkpoint
+from trainer.compiled import compile_blocks, recompiling_is_an_error, warm_up
 from trainer.config import ExpertConfig
 from trainer.data import BatchReader, prefetch
 from trainer.ema import Ema
+from trainer.held_out import HeldOut
+from trainer.learning_rate import rate_share
 from trainer.loss import DenoisingLoss
+from trainer.loss_bins import LossBins
 from trainer.meter import Meter
 from trainer.optim import Optimizer
 from trainer.processes import joined
@@ -50,28 +55,37 @@ def train_expert(request: Request) -> int:
             return run.first_step
 
         # What is trained, and what it is trained by.
-        unet = load_unet(run.checkpoint.path / "unet" if run.checkpoint else request.model / "unet", device)
+        source = run.checkpoint.path if run.checkpoint else request.model
+        is_lean = config.precision == "bf16-lean"
+        unet = load_unet(source / "unet", device, torch.bfloat16 if is_lean else torch.float32)
         unet_config = read_unet_config(request.model / "unet")
         unet.train().requires_grad_(True)
         if config.gradient_checkpointing:
             unet.enable_gradient_checkpointing()
+        if config.channels_last:
+            unet.to(memory_format=torch.channels_last)
+        if config.compile:
+            compile_blocks(unet)
         parameters = list(unet.parameters())
-        optimizer = Optimizer(parameters, config.optimizer)
-        ema = Ema(unet, config.ema.decay) if config.ema.decay else None
+        optimizer = Optimizer(parameters, config.optimizer, is_lean=is_lean)
+        ema_device = torch.device("cpu") if config.ema.device == "cpu" else device
+        ema = Ema(unet, config.ema.decay, device=ema_device) if config.ema.decay else None
         skipped = _restore(run, optimizer, ema, device)
 
         # What it is trained on, and towards what.
         settings, facts = run.manifest.settings, run.card.facts
         trained = processes.wrap(unet)
-        model = ConditionedUnet(trained, facts.layout, settings.text_widths[1])
-        predict = partial(_predict, model, config, device)
+        predict, predict_alone = (
+            partial(_predict, ConditionedUnet(model, facts.layout, settings.text_widths[1]), config, device)
+            for model in (trained, unet)
+        )
         schedule = run.card.contract.schedule(device)
         loss = DenoisingLoss(
             schedule,
             config.range,
             config.schedule.prediction_type,
             settings.scaling_factor,
-            config.loss.min_snr_gamma,
+            config.loss,
             config.seed,
         )
         pools = view_of(run.manifest, config.data)
@@ -93,29 +107,39 @@ def train_expert(request: Request) -> int:
         curves = Curves(run.folder, run.first_step, enabled=config.log.tensorboard and processes.is_first)
         seen = describe_view(run.manifest, pools)
         say(f"{config.name}: timesteps {config.range}, {seen}, {device}, {config.precision}")
+        for line in objective_advice(config):
+            run.log.write("advice", why=line)
+            say(f"note: {line}")
 
+        held_out = HeldOut(run, store, loss, device) if processes.is_first else None
+        bins = LossBins(config.range, device)
         meter = Meter(config.batch * config.accumulation)
         advance_bar = progress(config.name, config.steps, "steps", run.first_step)
-        with closing(batches), closing(curves), advance_bar as advance:
+        with closing(batches), closing(curves), recompiling_is_an_error(config.compile), advance_bar as advance:
+            if config.compile:
+                warm_up(unet, predict_alone, {pool.hw for pool in pools}, config.batch, settings, device)
             if processes.any(stop.asked()):
                 raise Stopped(f"{run.folder} was opened and nothing done; the same command goes on")
             for step in range(run.first_step, config.steps):
+                optimizer.scale_rates(rate_share(step, config.steps, config.optimizer.rate))
                 t = loss.timesteps(step, config.batch * config.accumulation, device).view(-1, config.batch)
                 step_loss = torch.zeros((), device=device)
                 for micro, t_micro in enumerate(t[processes.index * share :][:share]):
                     batch = meter.wait(batches).to(device)
                     with processes.averaging(trained, now=micro == share - 1):
-                        micro_loss = loss(predict, batch, t_micro).mean() / share
+                        losses = loss(predict, batch, t_micro)
+                        micro_loss = losses.mean() / share
                         torch.autograd.backward(micro_loss)
+                    bins.add(t_micro, losses)
                     step_loss += micro_loss.detach()
 
                 # A step whose gradients are not finite is skipped and counted on the device; nobody waits for it here.
-                norm = torch.nn.utils.clip_grad_norm_(parameters, config.optimizer.clip_norm or float("inf"))
+                norm = optimizer.clip(config.optimizer.clip_norm)
                 is_bad = (~torch.isfinite(norm)).float()
                 optimizer.step_unless_bad(is_bad)
                 optimizer.zero_grad()
                 if ema is not None:
-                    ema.update()
+                    ema.update(optimizer.weights())
                 skipped += is_bad
                 meter.add(step_loss, norm)
                 advance(1)
@@ -126,14 +150,26 @@ def train_expert(request: Request) -> int:
                 is_asked = processes.any(stop.asked())
                 if done % config.log.every == 0 or is_last:
                     values = meter.read(processes.mean) | {
-                        "learning_rate": config.optimizer.learning_rate,
+                        "learning_rate": optimizer.learning_rate,
                         "skipped": int(skipped),
                     }
-                    run.log.write("step", step=done, epoch=batch.places[-1][0], **values)
-                    curves.log(values, done)
+                    by_t = bins.read(processes.total(bins.take()))
+                    run.log.write(
+                        "step", step=done, epoch=batch.places[-1][0], **values, bins=[one.as_list() for one in by_t]
+                    )
+                    curves.log(values | {f"loss/{one.name}": one.loss for one in by_t}, done)
                     if int(skipped) > config.optimizer.max_skipped:
                         raise DataError(f"{int(skipped)} steps had gradients that were not finite: giving up at {done}")
-                if processes.is_first and (done % config.checkpoint.every == 0 or is_last or is_asked):
+                is_saving = processes.is_first and (done % config.checkpoint.every == 0 or is_last or is_asked)
+                score = None
+                if held_out is not None and not is_asked and held_out.is_turn(done, is_saving):
+                    with optimizer.averaged():
+                        score = held_out.measure(predict_alone, unet, ema, stop.asked)
+                if score is not None:
+                    run.log.write("eval", step=done, **score.fields())
+                    curves.log(score.curves(), done)
+                    meter.leave_out(score.took_s)
+                if is_saving:
                     state = TrainingState(
                         step=done,
                         epoch=batch.places[-1][0],
@@ -142,11 +178,20 @@ def train_expert(request: Request) -> int:
                         threads=torch.get_num_threads(),
                         torch=torch.__version__,
                     )
-                    weights = {"unet": unet.state_dict()} | ({"ema": ema.state_dict()} if ema else {})
                     moments = optimizer.tensors()
-                    path = save_checkpoint(
-                        run.folder, state, run.card, unet_config, weights, moments, config.checkpoint.keep
-                    )
+                    with optimizer.averaged():
+                        weights = {"unet": unet.state_dict()} | ({"ema": ema.state_dict()} if ema else {})
+                        path = save_checkpoint(
+                            run.folder,
+                            state,
+                            run.card,
+                            unet_config,
+                            weights,
+                            moments,
+                            config.checkpoint.keep,
+                            config.checkpoint.keep_best,
+                            score.best if score else None,
+                        )
                     run.log.write("checkpoint", step=done, path=path.name)
                 if is_asked and not is_last:
                     run.log.write("stopped", step=done)
@@ -168,7 +213,7 @@ def _predict(
         device.type, torch.bfloat16, enabled=config.precision == "bf16-mixed"
     )
     with autocast:
-        return model(x_t, t, text, time_ids, config.loss.aesthetic_score)
+        return model(x_t.to(model.dtype), t, text, time_ids, config.loss.aesthetic_score)
 
 
 def _restore(run: Run, optimizer: Optimizer, ema: Ema | None, device: torch.device) -> Tensor:

@@ -41,7 +41,7 @@ class Processes:
         return self.index == 0
 
     def share(self, accumulation: int) -> int:
-        """How many micro-batches of each optimizer step are this process's; raises ConfigError where they do not fit."""
+        """How many micro-batches of each optimizer step are its own; raises ConfigError where they cannot be shared."""
         if accumulation % self.count:
             raise ConfigError(
                 f"accumulation {accumulation} is not a multiple of {self.count} processes: it counts the micro-batches "
@@ -60,32 +60,33 @@ class Processes:
         """Around a forward and a backward pass: average gradients in it, or gather them for a later one."""
         return nullcontext() if now or self.count == 1 else model.no_sync()  # type: ignore[operator]
 
-    def mean(self, value: Tensor) -> Tensor:
-        """The mean of a scalar over all processes."""
+    def total(self, values: Tensor) -> Tensor:
+        """The sum of a tensor over all processes."""
         if self.count == 1:
-            return value
-        total = value.detach().clone()
-        with _naming_the_lost():
-            distributed.all_reduce(total)
-        return total / self.count
+            return values
+        total = values.detach().clone()
+        distributed.all_reduce(total)
+        return total
+
+    def mean(self, values: Tensor) -> Tensor:
+        """The mean of a tensor over all processes."""
+        return self.total(values) / self.count
 
     def any(self, flag: bool) -> bool:
         """Whether any process says so; all of them learn it."""
         if self.count == 1:
             return flag
         said = torch.tensor([float(flag)])
-        with _naming_the_lost():
-            distributed.all_reduce(said, op=distributed.ReduceOp.MAX, group=self.group)
+        distributed.all_reduce(said, op=distributed.ReduceOp.MAX, group=self.group)
         return bool(said.item())
 
     def tell(self, message: dict[str, Any] | None = None) -> dict[str, Any]:
         """What the first process says to all, as JSON; the others leave `message` out."""
         data = json.dumps(message).encode()
         size = torch.tensor([len(data)])
-        with _naming_the_lost():
-            distributed.broadcast(size, 0, group=self.group)
-            content = torch.frombuffer(bytearray(data.ljust(int(size))), dtype=torch.uint8)[: int(size)].clone()
-            distributed.broadcast(content, 0, group=self.group)
+        distributed.broadcast(size, 0, group=self.group)
+        content = torch.frombuffer(bytearray(data.ljust(int(size))), dtype=torch.uint8)[: int(size)].clone()
+        distributed.broadcast(content, 0, group=self.group)
         told: dict[str, Any] = json.loads(bytes(content.tolist()))
         return told
 
@@ -109,6 +110,10 @@ def joined(device: str) -> Iterator[Processes]:
         if processes.is_first:
             raise
         raise type(error)(f"process {processes.index}: {error}") from None
+    except RuntimeError as error:
+        if not _is_loss_of_another(error):
+            raise
+        raise Stopped(LOST if processes.is_first else f"process {processes.index}: {LOST}") from error
     finally:
         with contextlib.suppress(RuntimeError):
             distributed.destroy_process_group()
@@ -138,9 +143,6 @@ def _join(device: str) -> Processes:
     return Processes(state.process_index, state.num_processes, state.device, group)
 
 
-@contextmanager
-def _naming_the_lost() -> Iterator[None]:
-    try:
-        yield
-    except RuntimeError as error:  # torch's DistError family, and what gloo throws when a peer has gone
-        raise Stopped(LOST) from error
+def _is_loss_of_another(error: RuntimeError) -> bool:
+    """Whether torch says that a message found no other end; gloo throws what has no class of its own."""
+    return isinstance(error, distributed.DistError) or "gloo" in str(error)

@@ -82,6 +82,12 @@ class ConditionedUnet:
     layout: Layout
     refiner_width: int  # columns of prompt_embeds that are the second text encoder's
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of its weights."""
+        dtype: torch.dtype = next(iter(self.unet.parameters())).dtype
+        return dtype
+
     def __call__(self, x: Tensor, t: Tensor, text: PromptEmbeds, time_ids: Tensor, aesthetic_score: float) -> Tensor:
         """Output [B, 4, h, w] at x [B, 4, h, w] and t [B], for SDXL-layout text and time_ids [B, 6].
 

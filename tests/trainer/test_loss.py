@@ -17,6 +17,7 @@ from shared.schedule import NoiseSchedule, PredictionType, TimestepRange, scaled
 from shared.store import StoreReader
 from trainer.batch import Batch
 from trainer.checkpoint import read_tensors
+from trainer.config import LossConfig
 from trainer.data import BatchReader
 from trainer.data_config import DataConfig
 from trainer.loop import train_expert
@@ -40,7 +41,8 @@ def alpha_sigma(t: int) -> tuple[float, float]:
 
 def objective(prediction_type: PredictionType = "epsilon", gamma: float | None = None, seed: int = 0) -> DenoisingLoss:
     schedule = NoiseSchedule(scaled_linear_betas(1000, 0.00085, 0.012))
-    return DenoisingLoss(schedule, WHOLE, prediction_type, 0.5, gamma, seed)
+    settings = LossConfig(min_snr_gamma=gamma)
+    return DenoisingLoss(schedule, WHOLE, prediction_type, 0.5, settings, seed)
 
 
 def batch_of(mean: Tensor, logvar: Tensor | None, places: list[tuple[int, int]]) -> Batch:
