@@ -2,8 +2,8 @@
 
 `python -m benchmarks.train_overhead [--json FILE] [--cores 0,1]`. The same UNet, AdamW, clipping and average: the
 trainer reads a store of random records, the bare loop has its batch in memory. They take turns, so that a busy machine
-slows both, and the median of the ratios of neighbouring rounds is told. Two at once: two processes of each kind, each
-on a core of its own; memory is that of each process alone.
+slows both, and the median of the ratios of neighbouring rounds is told, by the clock and in CPU time. Two at once: two
+processes of each kind, each on a core of its own; memory is that of each process alone.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
@@ -31,21 +32,37 @@ BATCH = 2
 WARM_UP_STEPS = 4  # of each round, not counted
 
 
+@dataclass(frozen=True)
+class Reached:
+    """What a round told."""
+
+    per_s: float  # steps, in the median of four at a time
+    wait_share: float
+    cpu_s: float  # of the whole process for a step, its start and end taken off
+
+
 class Trainer:
     """A run that is gone on with, some steps at a time."""
 
     def __init__(self, world: World, output: Path) -> None:
         self._world, self._output, self._done = world, output, 0
 
-    def rate(self, steps: int) -> tuple[float, float]:
-        """Steps per second of `steps` steps, and the share of them spent waiting for data, as the run logs them."""
-        sets = (f"steps={self._done + WARM_UP_STEPS + steps}", f"batch={BATCH}", "accumulation=1")
-        train_expert(self._world.request(self._output, "cpu", *sets, "log.every=4"))
+    def round(self, steps: int) -> Reached:
+        """`steps` steps, as the run logs them; a run of the warm-up alone before it tells what starting costs."""
+        start_s = self._run(WARM_UP_STEPS)
+        first = self._done + WARM_UP_STEPS
+        cpu_s = self._run(WARM_UP_STEPS + steps) - start_s
         logged = [event for event in read_events(self._output / "events.jsonl") if event["event"] == "step"]
-        counted = [event for event in logged if event["step"] > self._done + WARM_UP_STEPS]
-        self._done += WARM_UP_STEPS + steps
+        counted = [event for event in logged if event["step"] > first]
         rates = [event["samples_per_s"] / BATCH for event in counted]
-        return median(rates), median(event["data_wait_share"] for event in counted)
+        return Reached(median(rates), median(event["data_wait_share"] for event in counted), cpu_s / steps)
+
+    def _run(self, steps: int) -> float:
+        self._done += steps
+        began_s = time.process_time()
+        sets = (f"steps={self._done}", f"batch={BATCH}", "accumulation=1", "log.every=4")
+        train_expert(self._world.request(self._output, "cpu", *sets))
+        return time.process_time() - began_s
 
 
 class Bare:
@@ -54,32 +71,36 @@ class Bare:
     def __init__(self, world: World) -> None:
         self._loop = BareLoop(world.folder / "model" / "unet", world.shape, BATCH, 1, torch.device("cpu"))
 
-    def rate(self, steps: int) -> tuple[float, float]:
-        """Steps per second, the median of four at a time; no data is waited for."""
+    def round(self, steps: int) -> Reached:
+        """`steps` steps after a warm-up; no data is waited for."""
         for _ in range(WARM_UP_STEPS):
             self._loop.step()
-        rates = []
+        rates, began_s = [], time.process_time()
         for _ in range(steps // 4):
             began = time.perf_counter()
             for _ in range(4):
                 self._loop.step()
             rates.append(4 / (time.perf_counter() - began))
-        return median(rates), 0.0
+        return Reached(median(rates), 0.0, (time.process_time() - began_s) / (steps // 4 * 4))
 
 
 def measure_alone(world: World, folder: Path, rounds: int, steps: int) -> dict[str, float]:
-    """Time of the trainer's step, of the bare loop's, their ratio, and the share of waiting."""
+    """Time of the trainer's step and of the bare loop's, their ratios, and the share of waiting for data."""
     trainer, bare = Trainer(world, folder / "alone"), Bare(world)
-    pairs = []
+    pairs: list[tuple[Reached, Reached]] = []
     for number in range(rounds):
-        ways = (trainer, bare) if number % 2 else (bare, trainer)  # neither is always the one that comes after
-        reached = {type(way): way.rate(steps) for way in ways}
-        pairs.append((reached[Trainer], reached[Bare]))
+        if number % 2:  # neither is always the one that comes after
+            ours = trainer.round(steps)
+            pairs.append((ours, bare.round(steps)))
+        else:
+            theirs = bare.round(steps)
+            pairs.append((trainer.round(steps), theirs))
     return {
-        "trainer_step_s": median(1 / ours for (ours, _), _ in pairs),
-        "bare_step_s": median(1 / bare for _, (bare, _) in pairs),
-        "ratio": median(bare / ours for (ours, _), (bare, _) in pairs),
-        "data_wait_share": median(wait for (_, wait), _ in pairs),
+        "trainer_step_s": median(1 / ours.per_s for ours, _ in pairs),
+        "bare_step_s": median(1 / theirs.per_s for _, theirs in pairs),
+        "ratio": median(theirs.per_s / ours.per_s for ours, theirs in pairs),
+        "cpu_ratio": median(ours.cpu_s / theirs.cpu_s for ours, theirs in pairs),
+        "data_wait_share": median(ours.wait_share for ours, _ in pairs),
     }
 
 
@@ -108,8 +129,9 @@ def measure_two(world: World, folder: Path, rounds: int, steps: int, cores: Sequ
         process.join()
     pairs = list(zip(rounds_of["trainer"], rounds_of["bare"], strict=True))
     return {
-        "ratio": median(bare["rate"] / ours["rate"] for ours, bare in pairs),
-        "data_wait_share": median(ours["wait"] for ours, _ in pairs),
+        "ratio": median(bare["per_s"] / ours["per_s"] for ours, bare in pairs),
+        "cpu_ratio": median(ours["cpu_s"] / bare["cpu_s"] for ours, bare in pairs),
+        "data_wait_share": median(ours["wait_share"] for ours, _ in pairs),
         "private_trainer_mib": max(ours["private_mib"] for ours, _ in pairs),
         "private_bare_mib": max(bare["private_mib"] for _, bare in pairs),
         "private_more_mib": pairs[-1][0]["private_mib"] - pairs[-1][1]["private_mib"],
@@ -122,8 +144,7 @@ def _work(kind: str, world: World, output: Path, core: int, steps: int, end: Con
     torch.set_num_threads(1)
     way: Any = Trainer(world, output) if kind == "trainer" else Bare(world)
     while end.recv() == "go":
-        rate, wait = way.rate(steps)
-        end.send({"rate": rate, "wait": wait, "private_mib": _private_mib()})
+        end.send(asdict(way.round(steps)) | {"private_mib": _private_mib()})
 
 
 def _private_mib() -> float:
@@ -149,14 +170,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             alone = measure_alone(world, Path(folder), options.rounds, options.steps)
             results[name] = {"alone": alone}
             print(
-                f"{name}: trainer / bare {alone['ratio']:.3f} ({alone['trainer_step_s'] * 1e3:.1f} ms against "
+                f"{name}: trainer / bare {alone['ratio']:.3f}, in CPU time {alone['cpu_ratio']:.3f} "
+                f"({alone['trainer_step_s'] * 1e3:.1f} ms against "
                 f"{alone['bare_step_s'] * 1e3:.1f}), waits for data {alone['data_wait_share']:.2%}"
             )
             if options.cores:
                 cores = [int(core) for core in options.cores.split(",")]
                 two = results[name]["two"] = measure_two(world, Path(folder), options.rounds, options.steps, cores)
                 print(
-                    f"  two at once: {two['ratio']:.3f}, memory of each {two['private_trainer_mib']:.0f} MiB against "
+                    f"  two at once: {two['ratio']:.3f}, in CPU time {two['cpu_ratio']:.3f}, "
+                    f"memory of each {two['private_trainer_mib']:.0f} MiB against "
                     f"{two['private_bare_mib']:.0f}: {two['private_more_mib']:+.0f}"
                 )
     if options.json:

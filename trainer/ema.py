@@ -28,6 +28,7 @@ class Ema:
         self.decay, self.updates = decay, updates
         self._weights = list(model.parameters())
         self._names = [name for name, _ in model.named_parameters()]
+        self._is_fp32 = all(weight.dtype == torch.float32 for weight in self._weights)
         self._shadow = [weight.detach().clone().to(device or weight.device).float() for weight in self._weights]
         is_elsewhere = any(s.device != w.device for s, w in zip(self._shadow, self._weights, strict=True))
         self._copies = _Copies(self._shadow) if (is_elsewhere if in_background is None else in_background) else None
@@ -39,7 +40,7 @@ class Ema:
         now = self._weights if weights is None else weights
         if self._copies is not None:
             self._copies.take_in(now, 1 - decay)
-        elif isinstance(now, list) and all(weight.dtype == torch.float32 for weight in now):
+        elif isinstance(now, list) and self._is_fp32:
             torch._foreach_lerp_(self._shadow, now, 1 - decay)
         else:  # one at a time: they may be made for this alone
             for shadow, weight in zip(self._shadow, now, strict=True):

@@ -19,9 +19,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
+from shared.conditioning import TEXT_LENGTH, PromptEmbeds
+from shared.manifest_rows import ManifestSettings
 from trainer.config import ExpertConfig
 from trainer.optimizer_config import OptimizerConfig
 from trainer.torch_rules import multiplies
+from trainer.unet import ConditionedUnet, choose_layout, unet_on_meta
 
 RESERVED_BYTES = 700_000_000  # CUDA context, cuDNN's and cuBLAS's workspaces: what is usual, not what was measured
 
@@ -44,6 +47,33 @@ class Memory:
     def total(self) -> int:
         """The peak: of the passes or of the step, which does not need the activations."""
         return self.weights + self.state + self.average + max(self.passes, self.step) + self.reserved
+
+
+def training_memory(
+    unet_config: dict[str, Any], config: ExpertConfig, known: ManifestSettings, bucket_hw: tuple[int, int]
+) -> Memory:
+    """Memory of training the whole of a UNet on pictures of one bucket, px, in SDXL's layout or the refiner's."""
+    unet = unet_on_meta(unet_config, torch.float32 if config.precision == "fp32" else torch.bfloat16).train()
+    return count_memory(unet, config, pass_on_meta(unet, config, known, bucket_hw))
+
+
+def pass_on_meta(unet: Any, config: ExpertConfig, known: ManifestSettings, bucket_hw: tuple[int, int]) -> Pass:
+    """A micro-batch of one bucket, px, through `unet`, to a loss of no meaning."""
+    layout = choose_layout(dict(unet.config), known.text_widths, known.pooled_width)
+    model = ConditionedUnet(unet, layout, known.text_widths[1])
+    batch, (h, w) = config.batch, (edge // known.downscale for edge in bucket_hw)
+
+    def zeros(*shape: int, dtype: torch.dtype = model.dtype) -> Tensor:
+        return torch.zeros(shape, dtype=dtype, device="meta")
+
+    def one_pass() -> Tensor:
+        text = PromptEmbeds(
+            zeros(batch, known.text_chunks * TEXT_LENGTH, sum(known.text_widths)), zeros(batch, known.pooled_width)
+        )
+        ids, t = zeros(batch, 6, dtype=torch.float32), zeros(batch, dtype=torch.int64)
+        return model(zeros(batch, known.latent_channels, h, w), t, text, ids, 6.0).float().mean()
+
+    return one_pass
 
 
 def count_memory(unet: Any, config: ExpertConfig, one_pass: Pass) -> Memory:

@@ -74,6 +74,14 @@ def load_unet(folder: Path, device: torch.device, dtype: torch.dtype = torch.flo
     return unet.to(device).eval()
 
 
+def unet_on_meta(config: dict[str, Any], dtype: torch.dtype = torch.float32) -> Any:
+    """A UNet of these settings without weights, to be counted and measured."""
+    from diffusers import UNet2DConditionModel
+
+    with torch.device("meta"):
+        return UNet2DConditionModel.from_config(config).to(dtype)
+
+
 @dataclass(frozen=True)
 class ConditionedUnet:
     """A UNet behind SDXL-layout inputs: text and time_ids are cut to what its own layout takes."""

@@ -49,4 +49,5 @@ def test_overhead(tmp_path: Path) -> None:
     assert train_overhead.main(sets) == 0
     alone = json.loads((tmp_path / "out.json").read_text())["tiny"]["alone"]
     assert alone["ratio"] == pytest.approx(alone["trainer_step_s"] / alone["bare_step_s"])
+    assert alone["cpu_ratio"] > 0
     assert 0 <= alone["data_wait_share"] < 1

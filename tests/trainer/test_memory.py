@@ -4,17 +4,26 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
 from peft import LoraConfig
-from torch import Tensor, nn
+from torch import nn
 
 from shared.config import load_config
+from tests.shared.test_manifest import SETTINGS
 from tests.test_configs import CONFIGS
 from tests.trainer.test_full_size import SSD_1B
 from trainer.config import ExpertConfig
-from trainer.memory import FusedAttention, LiveBytes, Memory, count_memory, state_bytes
+from trainer.memory import (
+    FusedAttention,
+    LiveBytes,
+    Memory,
+    count_memory,
+    pass_on_meta,
+    state_bytes,
+    training_memory,
+)
 from trainer.optim import Optimizer
 from trainer.optimizer_config import OptimizerConfig
+from trainer.unet import unet_on_meta
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon", "adamw-8bit", "adafactor", "schedule-free", "bf16-lean"])
@@ -58,27 +67,18 @@ def test_attention_counts_without_scores() -> None:
 
 
 def count(settings: dict[str, Any], *sets: str, hw: int = 128, rank: int | None = None) -> Memory:
+    """Of pictures of 8 hw px."""
     files = [CONFIGS / "ssd-1b" / "expert.toml", CONFIGS / "ssd-1b" / "base.toml"]
     config = load_config(ExpertConfig, files, ["batch=1", "accumulation=8", *sets])
-    with torch.device("meta"):
-        unet: Any = UNet2DConditionModel(**settings)
-    unet = (unet if config.precision == "fp32" else unet.bfloat16()).train()
-    if rank is not None:
-        unet.requires_grad_(False)
-        unet.add_adapter(LoraConfig(r=rank, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
-    dtype = next(unet.parameters()).dtype
-
-    def one_pass() -> Tensor:
-        x = torch.zeros(1, 4, hw, hw, device="meta", dtype=dtype)
-        pooled_width = unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
-        added = {"text_embeds": torch.zeros(1, pooled_width, device="meta", dtype=dtype)}
-        added |= {"time_ids": torch.zeros(1, 6, device="meta")}
-        text = torch.zeros(1, 77, unet.config.cross_attention_dim, device="meta", dtype=dtype)
-        t = torch.zeros(1, dtype=torch.int64, device="meta")
-        output: Tensor = unet(x, t, text, added_cond_kwargs=added, return_dict=False)[0]
-        return output.float().mean()
-
-    return count_memory(unet, config, one_pass)
+    pooled = settings["projection_class_embeddings_input_dim"] - 6 * settings["addition_time_embed_dim"]
+    widths = (settings["cross_attention_dim"] - pooled, pooled)
+    known = SETTINGS.model_copy(update={"text_widths": widths, "pooled_width": pooled})
+    if rank is None:
+        return training_memory(settings, config, known, (8 * hw, 8 * hw))
+    unet = unet_on_meta(settings, torch.bfloat16).train()
+    unet.requires_grad_(False)
+    unet.add_adapter(LoraConfig(r=rank, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
+    return count_memory(unet, config, pass_on_meta(unet, config, known, (8 * hw, 8 * hw)))
 
 
 TINY = {
