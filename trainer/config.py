@@ -8,6 +8,7 @@ from shared.config import Config
 from shared.contract import NullPrompt, Spacing
 from shared.errors import ConfigError
 from shared.schedule import HuberSchedule, PredictionType, TimestepRange, check_objective
+from trainer.adapter_config import AdapterConfig
 from trainer.data_config import DataConfig
 from trainer.timestep_bias import TimestepBias, timestep_shares
 
@@ -114,6 +115,13 @@ class LogConfig(Config):
     """Write curves for TensorBoard into RUN/tensorboard (extra: tensorboard)."""
 
 
+class StartConfig(Config):
+    """What is taken of an expert that training starts from (`--start`)."""
+
+    weights: Literal["ema", "raw"] = "ema"
+    """Averaged weights, or the weights themselves."""
+
+
 class ExpertConfig(Config):
     """One expert."""
 
@@ -133,6 +141,11 @@ class ExpertConfig(Config):
     """"bf16-mixed" keeps fp32 weights and computes under autocast."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    trainable: tuple[str, ...] = Field(("full",), min_length=1)
+    """Parameters that are trained: "full", "attention", "cross-attention", "biases", "norms", or patterns of names."""
+    adapter: AdapterConfig | None = None
+    """Train an adapter on a frozen UNet instead of the UNet's own parameters."""
+    start: StartConfig = StartConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     loss: LossConfig = LossConfig()
     data: DataConfig = DataConfig()
@@ -161,6 +174,8 @@ class ExpertConfig(Config):
                 f"timesteps.high {self.timesteps.high} is beyond the {self.schedule.num_timesteps} there are"
             )
         self._check_weights()
+        if self.adapter is not None and self.trainable != ("full",):
+            raise ValueError("adapter and trainable exclude each other: an adapter's UNet is frozen, set adapter.targets")
         return self
 
     def _check_weights(self) -> None:

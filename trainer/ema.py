@@ -1,4 +1,4 @@
-"""Exponential moving average of the weights, in fp32 beside the model."""
+"""Exponential moving average of the weights that are trained, in fp32 beside the model."""
 
 from collections.abc import Mapping
 
@@ -13,8 +13,8 @@ class Ema:
 
     def __init__(self, model: nn.Module, decay: float, updates: int = 0) -> None:
         self.decay, self.updates = decay, updates
-        self._weights = list(model.parameters())
-        self._names = [name for name, _ in model.named_parameters()]
+        trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+        self._names, self._weights = list(trained), list(trained.values())
         self._shadow = [weight.detach().clone().float() for weight in self._weights]
 
     @torch.no_grad()
@@ -25,7 +25,7 @@ class Ema:
         self.updates += 1
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The averaged weights by the model's names."""
+        """The averaged weights by the model's names, without those that are frozen."""
         return dict(zip(self._names, self._shadow, strict=True))
 
     @torch.no_grad()

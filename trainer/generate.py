@@ -15,12 +15,12 @@ from shared.command import one_line
 from shared.conditioning import PromptEmbeds
 from shared.contract import ExpertFacts, PairContract, check_pair
 from shared.device import choose_device
-from shared.errors import CheckpointError, ConfigError, ContractError
+from shared.errors import ConfigError, ContractError
 from shared.progress import progress, say
 from shared.prompts import read_prompts_file
 from shared.text_encoders import TextEncoders, TextFacts, read_text_facts
 from shared.vae import Vae, VaeFacts, choose_encode_dtype, read_vae_facts
-from trainer.checkpoint import Checkpoint, newest_checkpoint, open_checkpoint
+from trainer.checkpoint import Checkpoint, open_expert
 from trainer.ensemble import DrawSettings, Expert, ExpertEnsemble, Prompt, make_scheduler
 from trainer.unet import ConditionedUnet, load_unet
 
@@ -83,18 +83,6 @@ def read_prompts(given: Sequence[str], path: Path | None) -> list[str]:
     if not prompts:
         raise ConfigError("nothing to draw: give --prompt TEXT or --prompts FILE with a prompt on each line")
     return prompts
-
-
-def open_expert(path: Path) -> Checkpoint:
-    """The newest checkpoint of a run folder, or the checkpoint at `path` itself, verified."""
-    if (path / "checksums.json").exists():
-        return open_checkpoint(path)
-    if not path.is_dir():
-        raise CheckpointError(f"no run folder {path}")
-    checkpoint = newest_checkpoint(path, lambda why: say(f"passed over: {why}"))
-    if checkpoint is None:
-        raise CheckpointError(f"{path} holds no checkpoint yet: train it first (train-expert --output {path})")
-    return checkpoint
 
 
 def _check_together(checkpoints: Sequence[Checkpoint], model: Path, vae: VaeFacts, text: TextFacts) -> PairContract:
