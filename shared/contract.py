@@ -123,6 +123,8 @@ class ExpertFacts(_Facts):
     """Digest of the UNet weights that training started from, hex; of those that an adapter stands on."""
     base_model: str = ""
     """Hub id or folder name of the model that --model named."""
+    base_licence: str = ""
+    """Its licence, as its own card says; empty where it does not."""
     trainable: tuple[str, ...] = ("full",)
     """Presets and patterns of the parameters that were trained, as configured; an adapter's are its own."""
     adapter: AdapterFacts | None = None

@@ -116,6 +116,10 @@ class Manifest:
         """Digest of each row's picture."""
         return list(self._table.column("image_digest").to_pylist())
 
+    def sample_ids(self, indices: Sequence[int]) -> list[bytes]:
+        """Ids of the rows at `indices`, in that order."""
+        return list(self._table.column("sample_id").take(pa.array(indices, pa.int64())).to_pylist())
+
     def __len__(self) -> int:
         return int(self._table.num_rows)
 

@@ -7,7 +7,7 @@ RUN/checkpoints/step-00001000/
     state.json               step and counters
     expert.json              PairContract and ExpertFacts
     checksums.json           size and sha256 of each of these files
-RUN/checkpoints/latest.json  the newest, replaced last
+RUN/checkpoints/latest.json  the newest, replaced last; best.json beside it: trainer/rotation.py
 """
 
 import hashlib
@@ -27,10 +27,9 @@ from shared.contract import ExpertCard
 from shared.errors import CheckpointError, StoreIO
 from shared.progress import say
 from trainer.adapter import ADAPTER_FILE
+from trainer.rotation import OPTIMIZER_FILE, checkpoint_name, list_checkpoints, point_to_best, rotate, write_score
 
 CHECKPOINT_FORMAT = 1
-WITH_OPTIMIZER = 2  # newest checkpoints that keep the optimizer's state
-OPTIMIZER_FILE = "optimizer.safetensors"
 UNET_FILE = "diffusion_pytorch_model.safetensors"
 
 
@@ -85,15 +84,18 @@ def save_checkpoint(
     weights: Mapping[str, Mapping[str, Tensor]],
     optimizer: Mapping[str, Tensor],
     keep: int,
+    keep_best: int = 0,
+    score: float | None = None,
 ) -> Path:
     """Save and return checkpoints/step-N; `weights` are named tensors by folder ("unet", "ema").
 
-    A checkpoint is whole under its name or not there; the previous ones are touched only after it is.
+    `score` is its eval loss, where it was measured. A checkpoint is whole under its name or not there; the previous
+    ones are touched only after it is.
     """
     parent = run / "checkpoints"
     parent.mkdir(exist_ok=True)
     _remove_leftovers(parent)
-    temporary, final = parent / f".saving-{state.step}", parent / f"step-{state.step:08d}"
+    temporary, final = parent / f".saving-{state.step}", parent / checkpoint_name(state.step)
     temporary.mkdir()
     for folder, tensors in weights.items():
         (temporary / folder).mkdir()
@@ -109,11 +111,12 @@ def save_checkpoint(
         sync_folder(folder_path)
     if final.exists():  # left by a run that was rewound to an older step because this one did not verify
         shutil.rmtree(final)
+    write_score(run, state.step, score)
     os.rename(temporary, final)
     sync_folder(parent)
     latest = {"step": state.step, "path": final.name}
     write_atomically(parent / "latest.json", json.dumps(latest).encode() + b"\n")
-    _rotate(parent, keep)
+    rotate(run, keep, keep_best)
     return final
 
 
@@ -135,11 +138,6 @@ def open_checkpoint(path: Path) -> Checkpoint:
         return Checkpoint(path, card, TrainingState(**state))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ValidationError) as error:
         raise CheckpointError(f"checkpoint {path} is damaged or incomplete: {str(error).splitlines()[0]}") from None
-
-
-def list_checkpoints(run: Path) -> list[Path]:
-    """Checkpoints of a run by name, newest first; not verified."""
-    return sorted((run / "checkpoints").glob("step-*"), reverse=True)
 
 
 def newest_checkpoint(run: Path, on_bad: Callable[[str], None]) -> Checkpoint | None:
@@ -188,6 +186,7 @@ def set_aside_newer(checkpoint: Checkpoint) -> None:
             aside = path.with_name(f"damaged-{path.name}")
             shutil.rmtree(aside, ignore_errors=True)
             os.rename(path, aside)
+    point_to_best(checkpoint.path.parent.parent)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -200,19 +199,6 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         return tensors
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from None
-
-
-def _rotate(parent: Path, keep: int) -> None:
-    paths = list_checkpoints(parent.parent)
-    for path in (*paths[keep:], *parent.glob("damaged-*")):
-        gone = parent / f".removing-{path.name}"
-        os.rename(path, gone)  # so that nobody meets a half-removed checkpoint under its name
-        shutil.rmtree(gone)
-    for path in paths[WITH_OPTIMIZER:keep]:
-        sums = json.loads((path / "checksums.json").read_text())
-        if sums.pop(OPTIMIZER_FILE, None) is not None:
-            write_atomically(path / "checksums.json", json.dumps(sums, indent=1).encode())
-            (path / OPTIMIZER_FILE).unlink(missing_ok=True)
 
 
 def _remove_leftovers(parent: Path) -> None:

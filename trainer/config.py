@@ -104,6 +104,19 @@ class CheckpointConfig(Config):
     """Optimizer steps between checkpoints; the last step is always saved."""
     keep: int = Field(3, ge=2)
     """Newest checkpoints that are kept; optimizer state is kept in the last two."""
+    keep_best: int = Field(1, ge=0)
+    """Checkpoints of the lowest eval loss that are kept besides."""
+
+
+class EvalConfig(Config):
+    """The loss on held-out samples, measured the same way every time."""
+
+    every: int = Field(500, ge=1)
+    """Optimizer steps between evaluations; each checkpoint is evaluated besides."""
+    samples: int = Field(256, ge=0, le=256)
+    """Draws of a sample, a timestep and noise each time; of fewer samples some are drawn again. 0 never evaluates."""
+    share: float = Field(0.02, gt=0, le=1)
+    """Largest share of the run's time; an evaluation that would take more is left out. 1 sets no limit."""
 
 
 class LogConfig(Config):
@@ -152,6 +165,7 @@ class ExpertConfig(Config):
     optimizer: OptimizerConfig = OptimizerConfig()
     ema: EmaConfig = EmaConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    eval: EvalConfig = EvalConfig()
     log: LogConfig = LogConfig()
 
     @field_validator("schedule")
@@ -199,6 +213,9 @@ MAY_CHANGE = (
     "steps",
     "checkpoint.every",
     "checkpoint.keep",
+    "checkpoint.keep_best",
+    "eval.every",
+    "eval.share",
     "log.every",
     "log.tensorboard",
     "optimizer.learning_rate",

@@ -18,17 +18,21 @@ from shared.errors import DataError, Stopped
 from shared.progress import progress, say
 from shared.store import StoreReader
 from trainer.advice import objective_advice
-from trainer.checkpoint import TrainingState, read_tensors, save_checkpoint
+from trainer.checkpoint import TrainingState, save_checkpoint
 from trainer.config import ExpertConfig
 from trainer.data import BatchReader, prefetch
 from trainer.ema import Ema
+from trainer.held_out import HeldOut
 from trainer.loss import DenoisingLoss
+from trainer.loss_bins import LossBins
 from trainer.meter import Meter
+from trainer.model_card import model_card
 from trainer.optim import Optimizer
 from trainer.run import Request, Run, make_order, open_run
 from trainer.stopping import stop_requests
 from trainer.trackers import Curves
-from trainer.unet import ConditionedUnet, load_unet, read_unet_config
+from trainer.trained import export_of, kept_weights, load_trained, restore_average, seed_layers
+from trainer.unet import ConditionedUnet
 from trainer.view import describe_view, view_of
 
 
@@ -44,18 +48,15 @@ def train_expert(request: Request) -> int:
             return run.first_step
 
         # What is trained, and what it is trained by.
-        unet = load_unet(run.checkpoint.path / "unet" if run.checkpoint else request.model / "unet", device)
-        unet_config = read_unet_config(request.model / "unet")
-        unet.train().requires_grad_(True)
-        if config.gradient_checkpointing:
-            unet.enable_gradient_checkpointing()
-        parameters = list(unet.parameters())
+        unet = load_trained(config, run.start, run.checkpoint, device)
+        parameters = [weight for weight in unet.parameters() if weight.requires_grad]
         optimizer = Optimizer(parameters, config.optimizer)
         ema = Ema(unet, config.ema.decay) if config.ema.decay else None
         skipped = _restore(run, optimizer, ema, device)
 
         # What it is trained on, and towards what.
         settings, facts = run.manifest.settings, run.card.facts
+        export = export_of(unet, run.start, facts)
         model = ConditionedUnet(unet, facts.layout, settings.text_widths[1])
         predict = partial(_predict, model, config, device)
         schedule = run.card.contract.schedule(device)
@@ -89,6 +90,8 @@ def train_expert(request: Request) -> int:
             run.log.write("advice", why=line)
             say(f"note: {line}")
 
+        held_out = HeldOut(run, store, loss, device)
+        bins = LossBins(config.range, device)
         meter = Meter(config.batch * config.accumulation)
         advance_bar = progress(config.name, config.steps, "steps", run.first_step)
         with closing(batches), closing(curves), advance_bar as advance:
@@ -99,7 +102,10 @@ def train_expert(request: Request) -> int:
                 step_loss = torch.zeros((), device=device)
                 for t_micro in t.view(-1, config.batch):
                     batch = meter.wait(batches).to(device)
-                    micro_loss = loss(predict, batch, t_micro).mean() / config.accumulation
+                    seed_layers(config.seed, batch.places[0])
+                    losses = loss(predict, batch, t_micro)
+                    bins.add(t_micro, losses)
+                    micro_loss = losses.mean() / config.accumulation
                     torch.autograd.backward(micro_loss)
                     step_loss += micro_loss.detach()
 
@@ -119,11 +125,21 @@ def train_expert(request: Request) -> int:
                 is_asked = stop.asked()  # read once: a request that comes while saving is answered after the next step
                 if done % config.log.every == 0 or is_last:
                     values = meter.read() | {"learning_rate": config.optimizer.learning_rate, "skipped": int(skipped)}
-                    run.log.write("step", step=done, epoch=batch.places[-1][0], **values)
-                    curves.log(values, done)
+                    by_t = bins.read(bins.take())
+                    run.log.write(
+                        "step", step=done, epoch=batch.places[-1][0], **values, bins=[one.as_list() for one in by_t]
+                    )
+                    curves.log(values | {f"loss/{one.name}": one.loss for one in by_t}, done)
                     if int(skipped) > config.optimizer.max_skipped:
                         raise DataError(f"{int(skipped)} steps had gradients that were not finite: giving up at {done}")
-                if done % config.checkpoint.every == 0 or is_last or is_asked:
+                is_saving = done % config.checkpoint.every == 0 or is_last or is_asked
+                score = None
+                if held_out.is_turn(done, is_saving) and (is_last or not is_asked):
+                    score = held_out.measure(predict, unet, ema)
+                    run.log.write("eval", step=done, **score.fields())
+                    curves.log(score.curves(), done)
+                    meter.leave_out(score.took_s)
+                if is_saving:
                     state = TrainingState(
                         step=done,
                         epoch=batch.places[-1][0],
@@ -132,10 +148,19 @@ def train_expert(request: Request) -> int:
                         threads=torch.get_num_threads(),
                         torch=torch.__version__,
                     )
-                    weights = {"unet": unet.state_dict()} | ({"ema": ema.state_dict()} if ema else {})
+                    weights = kept_weights(unet, facts, ema)
                     moments = optimizer.tensors()
                     path = save_checkpoint(
-                        run.folder, state, run.card, unet_config, weights, moments, config.checkpoint.keep
+                        run.folder,
+                        state,
+                        run.card,
+                        model_card(run.card, config, settings.datasets, done),
+                        export,
+                        weights,
+                        moments,
+                        config.checkpoint.keep,
+                        config.checkpoint.keep_best,
+                        score.best if score else None,
                     )
                     run.log.write("checkpoint", step=done, path=path.name)
                 if is_asked and not is_last:
@@ -168,8 +193,7 @@ def _restore(run: Run, optimizer: Optimizer, ema: Ema | None, device: torch.devi
     state = run.checkpoint.state
     optimizer.load(run.checkpoint.optimizer_tensors())
     if ema is not None:
-        ema.load(read_tensors(run.checkpoint.path / "ema" / "diffusion_pytorch_model.safetensors"))
-        ema.updates = state.ema_updates
+        restore_average(ema, run.checkpoint)
     if state.threads != torch.get_num_threads() or state.torch != torch.__version__:
         say("going on with another number of threads or version of torch: not bit for bit what it would have been")
     say(f"{run.folder} goes on after step {state.step}")

@@ -30,6 +30,10 @@ class Meter:
         self._losses.append(loss)
         self._norms.append(norm)
 
+    def leave_out(self, seconds: float) -> None:
+        """Take time that training did not use (evaluation, saving) out of the rates."""
+        self._began_s += seconds
+
     def read(self) -> dict[str, float]:
         """Mean loss and gradient norm, samples per second, share of the time spent waiting for data; then anew."""
         steps, elapsed_s = len(self._losses), time.perf_counter() - self._began_s
