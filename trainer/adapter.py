@@ -48,11 +48,11 @@ def add_adapter(unet: Any, facts: AdapterFacts, layers: Iterable[str], name: str
 
 @torch.no_grad()
 def draw_adapter(unet: Any, name: str, seed: int) -> None:
-    """First weights as a function of (seed, layer): A uniform in 1 / sqrt(its inputs), B zero, on any device the same."""
-    for file_name, weight in adapter_weights(unet, name).items():
-        if ".lora_A." in file_name:
+    """First weights as a function of (seed, layer), on any device the same: A uniform in 1 / sqrt(inputs), B zero."""
+    for key, weight in adapter_weights(unet, name).items():
+        if ".lora_A." in key:
             bound = 1 / math.sqrt(weight[0].numel())
-            drawn = torch.rand(weight.shape, generator=make_generator(seed, "adapter", file_name))
+            drawn = torch.rand(weight.shape, generator=make_generator(seed, "adapter", key))
             weight.copy_((2 * drawn - 1) * bound)
 
 

@@ -189,7 +189,9 @@ class ExpertConfig(Config):
             )
         self._check_weights()
         if self.adapter is not None and self.trainable != ("full",):
-            raise ValueError("adapter and trainable exclude each other: an adapter's UNet is frozen, set adapter.targets")
+            raise ValueError(
+                "adapter and trainable exclude each other: an adapter's UNet is frozen, set adapter.targets"
+            )
         return self
 
     def _check_weights(self) -> None:

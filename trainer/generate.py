@@ -21,8 +21,8 @@ from shared.prompts import read_prompts_file
 from shared.text_encoders import TextEncoders, TextFacts, read_text_facts
 from shared.vae import Vae, VaeFacts, choose_encode_dtype, read_vae_facts
 from trainer.checkpoint import Checkpoint, open_expert
-from trainer.ensemble import DrawSettings, Expert, ExpertEnsemble, Prompt, make_scheduler
-from trainer.unet import ConditionedUnet, load_unet
+from trainer.drawn import find_bases, load_experts
+from trainer.ensemble import DrawSettings, ExpertEnsemble, Prompt, make_scheduler
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,7 @@ class GenerateRequest:
     height: int | None = None
     width: int | None = None
     device: str = "auto"
+    base: Path | None = None  # what adapters stand on, if it is not the model's UNet
 
 
 def generate(request: GenerateRequest) -> Iterator[Path]:
@@ -52,8 +53,9 @@ def generate(request: GenerateRequest) -> Iterator[Path]:
     contract = _check_together(checkpoints, request.model, vae_facts, text_facts)
     make_scheduler(request.settings.scheduler, contract)  # refused before anything large is loaded
     device = choose_device(request.device)
+    folders = find_bases(checkpoints, request.model, request.base)
     embeds = _encode(checkpoints, request, device)
-    ensemble = ExpertEnsemble([_load(c, text_facts.widths[1], device) for c in checkpoints], contract)
+    ensemble = ExpertEnsemble(load_experts(checkpoints, folders, text_facts.widths[1], device), contract)
     vae = Vae(request.model, device, choose_encode_dtype("auto", vae_facts, device.type))
     factor = vae_facts.downscale
     hw = _size(request, ensemble.experts[0].model.unet.config.sample_size * factor, factor)
@@ -123,12 +125,6 @@ def _encode(checkpoints: Sequence[Checkpoint], request: GenerateRequest, device:
 
     facts = [checkpoint.card.facts for checkpoint in checkpoints]
     return [[Prompt(encode(prompt, own.text_chunks), against(own)) for own in facts] for prompt in request.prompts]
-
-
-def _load(checkpoint: Checkpoint, refiner_width: int, device: torch.device) -> Expert:
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    unet = load_unet(checkpoint.weights_folder(), device, dtype)
-    return Expert(checkpoint.card.facts, ConditionedUnet(unet, checkpoint.card.facts.layout, refiner_width), dtype)
 
 
 def _size(request: GenerateRequest, own_px: int, factor: int) -> tuple[int, int]:

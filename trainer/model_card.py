@@ -29,7 +29,7 @@ def model_card(card: ExpertCard, config: ExpertConfig, datasets: Sequence[str], 
         f"# {code(facts.name)}, timesteps {facts.timesteps} of {contract.num_timesteps}",
         _what_it_is(facts, contract, step),
         "## How to load it",
-        _loading(facts, contract),
+        _loading(facts, contract, "ema" if config.ema.decay else "unet"),
         "## What it must agree on with its partners",
         "\n".join(f"- {key}: {code(_value(value))}" for key, value in contract.model_dump().items()),
         "## What it was made of",
@@ -61,7 +61,9 @@ def _front_matter(facts: ExpertFacts) -> str:
 
 
 def _what_it_is(facts: ExpertFacts, contract: PairContract, step: int) -> str:
-    form = _adapter(facts.adapter) if facts.adapter else f"A UNet, of which {code(', '.join(facts.trainable))} was trained"
+    form = (
+        _adapter(facts.adapter) if facts.adapter else f"A UNet, of which {code(', '.join(facts.trainable))} was trained"
+    )
     rest = _others(facts.timesteps, contract.num_timesteps)
     needs = f"It needs a partner (or several) that answers for {rest}." if rest else "It answers for all timesteps."
     licence = code(facts.base_licence) if facts.base_licence else "unknown: see the base model"
@@ -83,18 +85,19 @@ def _others(own: TimestepRange, count: int) -> str:
     return " and ".join(str(TimestepRange(low, high)) for low, high in rest if low < high)
 
 
-def _loading(facts: ExpertFacts, contract: PairContract) -> str:
+def _loading(facts: ExpertFacts, contract: PairContract, folder: str) -> str:
     schedule = {
         "prediction_type": contract.prediction_type,
         "timestep_spacing": contract.timestep_spacing,
         "rescale_betas_zero_snr": contract.zero_terminal_snr,
     }
     settings = ", ".join(f"{key}={value!r}" for key, value in schedule.items())
-    pipeline = "StableDiffusionXLPipeline" if facts.layout == "sdxl" else "StableDiffusionXLImg2ImgPipeline"
+    is_first = facts.high == contract.num_timesteps
+    pipeline = "StableDiffusionXLPipeline" if is_first else "StableDiffusionXLImg2ImgPipeline"
     if facts.adapter:
-        load = (f'pipeline.load_lora_weights(CHECKPOINT + "/ema", weight_name="{ADAPTER_FILE}")',)
+        load = (f'pipeline.load_lora_weights(CHECKPOINT + "/{folder}", weight_name="{ADAPTER_FILE}")',)
     else:
-        load = ('pipeline.unet = UNet2DConditionModel.from_pretrained(CHECKPOINT, subfolder="ema")',)
+        load = (f'pipeline.unet = UNet2DConditionModel.from_pretrained(CHECKPOINT, subfolder="{folder}")',)
     lines = (
         f"from diffusers import {pipeline}, UniPCMultistepScheduler, UNet2DConditionModel",
         "",
@@ -105,11 +108,9 @@ def _loading(facts: ExpertFacts, contract: PairContract) -> str:
     )
     fractions = [f"{key}={1 - edge / contract.num_timesteps:g}" for key, edge in _edges(facts, contract)]
     asked = f" Ask its pipeline for its own part alone: {code(', '.join(fractions))}." if fractions else ""
-    return (
-        _fence("\n".join(lines), "python")
-        + f"\n\n`ema/` holds averaged weights (if they were kept), `unet/` the raw ones.{asked} Both parts in one loop: "
-        "`generate-images --expert THIS --expert PARTNER --model BASE_MODEL` of sdxl-experts."
-    )
+    averaged = "`ema/` holds averaged weights, `unet/` the raw ones." if folder == "ema" else "No average was kept."
+    both = "`generate-images --expert THIS --expert PARTNER --model BASE_MODEL` of sdxl-experts"
+    return f"{_fence(chr(10).join(lines), 'python')}\n\n{averaged}{asked} Both parts in one loop: {both}."
 
 
 def _edges(facts: ExpertFacts, contract: PairContract) -> Iterable[tuple[str, int]]:

@@ -216,7 +216,10 @@ def _contract(config: ExpertConfig, manifest: Manifest, facts: ExpertFacts) -> P
 
 def _changes(old: ExpertConfig, new: ExpertConfig) -> dict[str, tuple[Any, Any]]:
     before, after = (flatten(config.model_dump(mode="json")) for config in (old, new))
-    keys = [*before, *(key for key in after if key not in before)]  # a table that may be unset has keys only where it is
+    keys = [
+        *before,
+        *(key for key in after if key not in before),
+    ]  # a table that may be unset has keys only where it is
     return {key: (before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)}
 
 

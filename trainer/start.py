@@ -1,6 +1,6 @@
 """What training starts from: the UNet of `--model`, or the weights of another expert (`--start`), whole or an adapter.
 
-A run remembers the very checkpoint that it started from, so that the same command goes on when that expert has moved on.
+A run remembers the very checkpoint that it started from: the same command goes on though that expert has moved on.
 """
 
 import json
@@ -12,6 +12,7 @@ from shared.errors import CheckpointError, ConfigError, ContractError
 from trainer.adapter import ADAPTER_FILE
 from trainer.checkpoint import UNET_FILE, Checkpoint, open_checkpoint, open_expert
 from trainer.config import ExpertConfig
+from trainer.rotation import checkpoint_name
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ def same_start(config: ExpertConfig, model: Path, start: Path | None, facts: Sta
         raise ConfigError(f"this run started {had}; anything else is another run with another --output")
     if start is None or facts is None:
         return Start(model / "unet")
-    path = start if (start / "checksums.json").exists() else start / "checkpoints" / f"step-{facts.step:08d}"
+    path = start if (start / "checksums.json").exists() else start / "checkpoints" / checkpoint_name(facts.step)
     if not path.is_dir():
         return None
     again = _from_expert(config, model, open_checkpoint(path))
@@ -59,7 +60,9 @@ def check_start(card: ExpertCard, start: Start) -> None:
     except ContractError as error:
         raise ContractError(f"--start: {error}") from None
     if start.adapter is not None and start.card.facts.start_model_digest != card.facts.start_model_digest:
-        raise ContractError(f"--start: the adapter {start.card.facts.name!r} stands on another UNet than that of --model")
+        raise ContractError(
+            f"--start: the adapter {start.card.facts.name!r} stands on another UNet than that of --model"
+        )
 
 
 def goes_on(adapter: AdapterFacts | None, start: Start) -> bool:
@@ -84,7 +87,9 @@ def _from_expert(config: ExpertConfig, model: Path, checkpoint: Checkpoint) -> S
     if known.adapter is None:
         return Start(folder, None, checkpoint.card, facts)
     if known.start is not None and known.start.adapter is None:
-        raise CheckpointError(f"{checkpoint.path} is an adapter on {known.start.name!r}, not on a model: start from that")
+        raise CheckpointError(
+            f"{checkpoint.path} is an adapter on {known.start.name!r}, not on a model: start from that"
+        )
     begun = Start(model / "unet", folder, checkpoint.card, facts)
     if config.adapter is not None and not goes_on(config.adapter.facts(), begun):
         raise ConfigError(f"--start is an adapter with other settings ({known.adapter!r}): set adapter to the same")

@@ -25,9 +25,9 @@ def trained_names(trainable: Sequence[str], shapes: Mapping[str, tuple[int, ...]
 
 
 def adapted_layers(targets: Sequence[str], shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """Layers of a UNet that `targets` means, linear ones and convolutions; raises ConfigError where a pattern means none.
+    """Layers that `targets` means, linear ones and convolutions, of a UNet whose weights have these `shapes` by name.
 
-    `shapes` are those of the UNet's weights by name.
+    Raises ConfigError where a pattern means none.
     """
     weights = (name for name, shape in shapes.items() if name.endswith(".weight") and len(shape) in _LAYER_DIMS)
     return _matching("adapter.targets", targets, [name.removesuffix(".weight") for name in weights])
