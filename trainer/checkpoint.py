@@ -27,7 +27,16 @@ from shared.contract import ExpertCard
 from shared.errors import CheckpointError, StoreIO
 from shared.progress import say
 from trainer.adapter import ADAPTER_FILE
-from trainer.rotation import OPTIMIZER_FILE, checkpoint_name, list_checkpoints, point_to_best, rotate, write_score
+from trainer.rotation import (
+    BEST_FILE,
+    OPTIMIZER_FILE,
+    best_checkpoints,
+    checkpoint_name,
+    list_checkpoints,
+    point_to_best,
+    rotate,
+    write_score,
+)
 
 CHECKPOINT_FORMAT = 1
 UNET_FILE = "diffusion_pytorch_model.safetensors"
@@ -156,10 +165,27 @@ def newest_checkpoint(run: Path, on_bad: Callable[[str], None]) -> Checkpoint | 
     return None
 
 
+def best_checkpoint(run: Path, on_bad: Callable[[str], None]) -> Checkpoint:
+    """The one of the lowest eval loss that verifies; each better one that does not is told to `on_bad`.
+
+    Raises CheckpointError where no checkpoint with an eval loss verifies.
+    """
+    for path in best_checkpoints(run):
+        try:
+            return open_checkpoint(path)
+        except CheckpointError as error:
+            on_bad(str(error))
+    raise CheckpointError(
+        f"no checkpoint of {run} has an eval loss and verifies; {run} itself stands for its newest one"
+    )
+
+
 def open_expert(path: Path) -> Checkpoint:
-    """The newest checkpoint of a run folder that verifies, or the checkpoint at `path` itself, verified."""
+    """The newest checkpoint of a run folder, its best (RUN/checkpoints/best.json), or the one at `path`; verified."""
     if (path / "checksums.json").exists():
         return open_checkpoint(path)
+    if path.name == BEST_FILE:
+        return best_checkpoint(path.parent.parent, lambda why: say(f"passed over: {why}"))
     if not path.is_dir():
         raise CheckpointError(f"no run folder {path}")
     checkpoint = newest_checkpoint(path, lambda why: say(f"passed over: {why}"))

@@ -19,7 +19,9 @@ Start = Annotated[
 ]
 Move = Annotated[str | None, typer.Option(help="Go on with the newest manifest of this name, in a new epoch.")]
 
-Experts = Annotated[list[Path], typer.Option("--expert", help="Run folder or checkpoint of an expert; give both.")]
+Experts = Annotated[
+    list[Path], typer.Option("--expert", help="Run folder, checkpoint or best.json of an expert; give both.")
+]
 Prompts = Annotated[list[str] | None, typer.Option("--prompt", help="What to draw; may be given again.")]
 PromptFile = Annotated[Path | None, typer.Option("--prompts", help="Text file with a prompt on each line.")]
 Out = Annotated[Path, typer.Option("--out", help="Folder for the pictures.")]

@@ -10,6 +10,7 @@ from shared.errors import ConfigError
 from shared.schedule import HuberSchedule, PredictionType, TimestepRange, check_objective
 from trainer.adapter_config import AdapterConfig
 from trainer.data_config import DataConfig
+from trainer.optimizer_config import OptimizerConfig
 from trainer.timestep_bias import TimestepBias, timestep_shares
 
 
@@ -67,34 +68,13 @@ class LossConfig(Config):
     """Score of the null prompt at inference (stock refiner layout only)."""
 
 
-class OptimizerConfig(Config):
-    """AdamW (Loshchilov & Hutter 2019), alone or beside Muon (Jordan et al. 2024)."""
-
-    name: Literal["adamw", "muon"] = "adamw"
-    """"muon" takes matrices and convolutions from AdamW: fewer steps from random weights, untried in fine-tuning."""
-    learning_rate: float = Field(1e-5, gt=0)
-    """Step size of AdamW; may change when a run goes on."""
-    muon_rate: float = Field(0.02, gt=0)
-    """Step size of Muon, relative to weights of norm one; may change when a run goes on."""
-    beta1: float = Field(0.9, ge=0, lt=1)
-    """Decay of the first moment."""
-    beta2: float = Field(0.999, ge=0, lt=1)
-    """Decay of the second moment."""
-    eps: float = Field(1e-8, gt=0)
-    """Added to the root of the second moment."""
-    weight_decay: float = Field(1e-2, ge=0)
-    """Decoupled decay of the weights."""
-    clip_norm: float = Field(1.0, ge=0)
-    """Largest norm of all gradients together; 0 does not clip."""
-    max_skipped: int = Field(100, ge=0)
-    """Give up after this many steps skipped for gradients that were not finite."""
-
-
 class EmaConfig(Config):
     """Exponential moving average of the weights, fp32."""
 
     decay: float = Field(0.999, ge=0, lt=1)
     """Decay per optimizer step once warmed up; 0 keeps no average."""
+    device: Literal["model", "cpu"] = "model"
+    """Where it is kept: beside the model, or on the host, where it takes none of a GPU's memory."""
 
 
 class CheckpointConfig(Config):
@@ -150,8 +130,9 @@ class ExpertConfig(Config):
     """Micro-batches in an optimizer step."""
     seed: int = 0
     """Seed of order, timesteps, noise and dropout."""
-    precision: Literal["fp32", "bf16-mixed"] = "fp32"
-    """"bf16-mixed" keeps fp32 weights and computes under autocast."""
+    precision: Literal["fp32", "bf16-mixed", "bf16-lean"] = "fp32"
+    """"bf16-mixed" keeps fp32 weights and computes under autocast; "bf16-lean" keeps bf16 weights and, for AdamW,
+    what rounding takes from their steps: 12 bytes a parameter for weight, gradient and moments (extra: lean)."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     trainable: tuple[str, ...] = Field(("full",), min_length=1)
@@ -159,6 +140,10 @@ class ExpertConfig(Config):
     adapter: AdapterConfig | None = None
     """Train an adapter on a frozen UNet instead of the UNet's own parameters."""
     start: StartConfig = StartConfig()
+    channels_last: bool = False
+    """Keep weights and pictures with channels innermost, which convolutions on a GPU prefer."""
+    compile: bool = False
+    """Compile the UNet's repeated blocks, for every bucket before the first step (torch.compile)."""
     schedule: ScheduleConfig = ScheduleConfig()
     loss: LossConfig = LossConfig()
     data: DataConfig = DataConfig()
@@ -167,6 +152,16 @@ class ExpertConfig(Config):
     checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig = EvalConfig()
     log: LogConfig = LogConfig()
+
+    @field_validator("precision", mode="before")
+    @classmethod
+    def _no_plain_bf16(cls, precision: object) -> object:
+        if precision in ("bf16", "bfloat16", "fp16"):
+            raise ValueError(
+                f"weights of {precision} alone do not move at the learning rates of fine-tuning: a step is far below "
+                "the distance to their neighbours. Use 'bf16-lean', which keeps what rounding takes, or 'bf16-mixed'"
+            )
+        return precision
 
     @field_validator("schedule")
     @classmethod
@@ -192,7 +187,23 @@ class ExpertConfig(Config):
             raise ValueError(
                 "adapter and trainable exclude each other: an adapter's UNet is frozen, set adapter.targets"
             )
+        if self.adapter is not None and self.precision == "bf16-lean":
+            raise ValueError("an adapter has fp32 weights: precision = 'bf16-mixed' keeps the UNet under it in bf16")
+        self._check_optimizer()
         return self
+
+    def _check_optimizer(self) -> None:
+        if self.precision == "bf16-lean" and self.optimizer.name != "adamw":
+            raise ValueError(
+                f"precision = 'bf16-lean' is a way of AdamW: {self.optimizer.name!r} would lose its steps to rounding. "
+                "Use 'bf16-mixed', or optimizer.name = 'adamw'"
+            )
+        fused = self.optimizer.fused_backward
+        if fused and (self.precision != "bf16-lean" or self.accumulation > 1 or self.optimizer.clip_norm > 0):
+            raise ValueError(
+                "optimizer.fused_backward steps before all gradients are known: it needs precision = 'bf16-lean', "
+                "accumulation = 1 and optimizer.clip_norm = 0"
+            )
 
     def _check_weights(self) -> None:
         """Something must be left to learn: draws inside the range, and weights above zero."""
@@ -218,10 +229,15 @@ MAY_CHANGE = (
     "checkpoint.keep_best",
     "eval.every",
     "eval.share",
+    "ema.device",
     "log.every",
     "log.tensorboard",
     "optimizer.learning_rate",
     "optimizer.muon_rate",
+    "optimizer.rate.shape",
+    "optimizer.rate.warmup_steps",
+    "optimizer.rate.final_share",
+    "optimizer.rate.power",
     "optimizer.max_skipped",
 )
 

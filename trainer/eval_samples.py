@@ -37,6 +37,8 @@ class PinnedSample(BaseModel):
     """Id of the sample; its noise is drawn by it."""
     latent_key: str
     """Key of the latents of its first crop."""
+    has_variance: bool
+    """Whether that record holds a log-variance beside the mean; a later manifest may be built otherwise."""
     text_key: str
     """Key of its first caption."""
     bucket_hw: tuple[int, int]
@@ -85,7 +87,8 @@ def choose_samples(manifest: Manifest, count: int = MOST_SAMPLES) -> list[Pinned
     rows = [int(row) for bucket in manifest.buckets("eval") for row in bucket.rows]
     ids = manifest.sample_ids(rows)
     ordered = sorted(range(len(rows)), key=lambda i: (derive_seed(0, "eval sample", ids[i]), ids[i]))
-    return [_pin(row) for row in manifest.rows([rows[i] for i in ordered[:count]])]
+    has_variance = manifest.settings.latents == "moments"
+    return [_pin(row, has_variance) for row in manifest.rows([rows[i] for i in ordered[:count]])]
 
 
 def read_sample_batch(
@@ -94,7 +97,7 @@ def read_sample_batch(
     """Samples of one bucket as a batch, and which of them are in it: those whose records are there and sound."""
     h, w = (edge // settings.downscale for edge in samples[0].bucket_hw)
     mean = _half(len(samples), settings.latent_channels, h, w)
-    logvar = torch.empty_like(mean) if settings.latents == "moments" else None
+    logvar = torch.empty_like(mean) if samples[0].has_variance else None
     embeds = _half(len(samples), settings.text_chunks * TEXT_LENGTH, sum(settings.text_widths))
     pooled, kept = _half(len(samples), settings.pooled_width), []
     with store.snapshot() as snapshot:
@@ -119,11 +122,12 @@ def _half(*shape: int) -> torch.Tensor:
     return torch.empty(shape, dtype=torch.float16)
 
 
-def _pin(row: ManifestRow) -> PinnedSample:
+def _pin(row: ManifestRow, has_variance: bool) -> PinnedSample:
     variant = row.variants[0]
     return PinnedSample(
         sample_id=row.sample_id.hex(),
         latent_key=variant.latent_key.hex(),
+        has_variance=has_variance,
         text_key=row.text_keys[0].hex(),
         bucket_hw=row.bucket_hw,
         original_hw=row.original_hw,

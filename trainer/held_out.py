@@ -11,7 +11,7 @@ So which turns are taken depends on time; what they measure does not, and traini
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,10 +21,11 @@ from torch import nn
 
 from shared.progress import say
 from shared.store import StoreReader
+from trainer.batch import Batch
 from trainer.config import EvalConfig
 from trainer.ema import Ema
 from trainer.eval_loss import EvalLoss, eval_loss, holding
-from trainer.eval_samples import pin_samples, read_sample_batch
+from trainer.eval_samples import PinnedSample, pin_samples, read_sample_batch
 from trainer.loss import DenoisingLoss, Predict
 from trainer.run import Run
 
@@ -115,17 +116,26 @@ class HeldOut:
         passes = 2 if self._config.ema.decay else 1
         return bool(self._samples) and self._turns.is_turn(done, is_saving, per_step, passes)
 
-    def measure(self, predict: Predict, unet: nn.Module, ema: Ema | None) -> Score:
-        """The eval loss of the weights and of their average; both are as they were afterwards."""
+    def measure(
+        self, predict: Predict, unet: nn.Module, ema: Ema | None, is_asked: Callable[[], bool] = lambda: False
+    ) -> Score | None:
+        """The eval loss of the weights and of their average; both are as they were afterwards.
+
+        None where it was broken off because the process `is_asked` to stop: saving comes first.
+        """
         self._wait_for_device()
         began_s = time.perf_counter()
         unet.eval()
-        raw = self._measure_once(predict)
-        averaged = None
-        if ema is not None:
-            with holding(unet, ema.state_dict()):
-                averaged = self._measure_once(predict)
-        unet.train()
+        try:
+            raw = self._measure_once(predict, is_asked)
+            averaged = None
+            if ema is not None:
+                with holding(unet, ema.state_dict()):
+                    averaged = self._measure_once(predict, is_asked)
+        except _BrokenOff:
+            return None
+        finally:
+            unet.train()
         score = Score(raw, averaged, time.perf_counter() - began_s)
         self._turns.took(score.took_s)
         if raw.lost and not self._has_said_lost:
@@ -133,11 +143,20 @@ class HeldOut:
             say(f"{raw.lost} of {raw.draws} draws of the eval loss could not be read: cache-store verify says why")
         return score
 
-    def _measure_once(self, predict: Predict) -> EvalLoss:
+    def _measure_once(self, predict: Predict, is_asked: Callable[[], bool]) -> EvalLoss:
+        def read(samples: Sequence[PinnedSample]) -> tuple[Batch | None, list[int]]:
+            if is_asked():
+                raise _BrokenOff
+            return self._read(samples)
+
         count, batch = self._config.eval.samples, self._config.batch
-        return eval_loss(predict, self._loss, self._samples, self._read, count=count, batch=batch, device=self._device)
+        return eval_loss(predict, self._loss, self._samples, read, count=count, batch=batch, device=self._device)
 
     def _wait_for_device(self) -> None:
         """Steps that are still under way are not evaluation's time."""
         if self._device.type != "cpu":
             torch.accelerator.synchronize(self._device)
+
+
+class _BrokenOff(Exception):
+    """Somebody asked to stop while it was measured."""

@@ -19,10 +19,12 @@ from shared.progress import progress, say
 from shared.store import StoreReader
 from trainer.advice import objective_advice
 from trainer.checkpoint import TrainingState, save_checkpoint
+from trainer.compiled import compile_blocks, recompiling_is_an_error, warm_up
 from trainer.config import ExpertConfig
 from trainer.data import BatchReader, prefetch
 from trainer.ema import Ema
 from trainer.held_out import HeldOut
+from trainer.learning_rate import rate_share
 from trainer.loss import DenoisingLoss
 from trainer.loss_bins import LossBins
 from trainer.meter import Meter
@@ -48,10 +50,16 @@ def train_expert(request: Request) -> int:
             return run.first_step
 
         # What is trained, and what it is trained by.
+        is_lean = config.precision == "bf16-lean"
         unet = load_trained(config, run.start, run.checkpoint, device)
+        if config.channels_last:
+            unet.to(memory_format=torch.channels_last)
+        if config.compile:
+            compile_blocks(unet)
         parameters = [weight for weight in unet.parameters() if weight.requires_grad]
-        optimizer = Optimizer(parameters, config.optimizer)
-        ema = Ema(unet, config.ema.decay) if config.ema.decay else None
+        optimizer = Optimizer(parameters, config.optimizer, is_lean=is_lean)
+        ema_device = torch.device("cpu") if config.ema.device == "cpu" else device
+        ema = Ema(unet, config.ema.decay, device=ema_device) if config.ema.decay else None
         skipped = _restore(run, optimizer, ema, device)
 
         # What it is trained on, and towards what.
@@ -94,10 +102,13 @@ def train_expert(request: Request) -> int:
         bins = LossBins(config.range, device)
         meter = Meter(config.batch * config.accumulation)
         advance_bar = progress(config.name, config.steps, "steps", run.first_step)
-        with closing(batches), closing(curves), advance_bar as advance:
+        with closing(batches), closing(curves), recompiling_is_an_error(config.compile), advance_bar as advance:
+            if config.compile:
+                warm_up(unet, predict, {pool.hw for pool in pools}, config.batch, settings, device)
             if stop.asked():
                 raise Stopped(f"{run.folder} was opened and nothing done; the same command goes on")
             for step in range(run.first_step, config.steps):
+                optimizer.scale_rates(rate_share(step, config.steps, config.optimizer.rate))
                 t = loss.timesteps(step, config.batch * config.accumulation, device)
                 step_loss = torch.zeros((), device=device)
                 for t_micro in t.view(-1, config.batch):
@@ -110,12 +121,12 @@ def train_expert(request: Request) -> int:
                     step_loss += micro_loss.detach()
 
                 # A step whose gradients are not finite is skipped and counted on the device; nobody waits for it here.
-                norm = torch.nn.utils.clip_grad_norm_(parameters, config.optimizer.clip_norm or float("inf"))
+                norm = optimizer.clip(config.optimizer.clip_norm)
                 is_bad = (~torch.isfinite(norm)).float()
                 optimizer.step_unless_bad(is_bad)
                 optimizer.zero_grad()
                 if ema is not None:
-                    ema.update()
+                    ema.update(optimizer.weights())
                 skipped += is_bad
                 meter.add(step_loss, norm)
                 advance(1)
@@ -124,7 +135,7 @@ def train_expert(request: Request) -> int:
                 is_last = done == config.steps
                 is_asked = stop.asked()  # read once: a request that comes while saving is answered after the next step
                 if done % config.log.every == 0 or is_last:
-                    values = meter.read() | {"learning_rate": config.optimizer.learning_rate, "skipped": int(skipped)}
+                    values = meter.read() | {"learning_rate": optimizer.learning_rate, "skipped": int(skipped)}
                     by_t = bins.read(bins.take())
                     run.log.write(
                         "step", step=done, epoch=batch.places[-1][0], **values, bins=[one.as_list() for one in by_t]
@@ -134,8 +145,10 @@ def train_expert(request: Request) -> int:
                         raise DataError(f"{int(skipped)} steps had gradients that were not finite: giving up at {done}")
                 is_saving = done % config.checkpoint.every == 0 or is_last or is_asked
                 score = None
-                if held_out.is_turn(done, is_saving) and (is_last or not is_asked):
-                    score = held_out.measure(predict, unet, ema)
+                if not is_asked and held_out.is_turn(done, is_saving):
+                    with optimizer.averaged():
+                        score = held_out.measure(predict, unet, ema, stop.asked)
+                if score is not None:
                     run.log.write("eval", step=done, **score.fields())
                     curves.log(score.curves(), done)
                     meter.leave_out(score.took_s)
@@ -148,20 +161,20 @@ def train_expert(request: Request) -> int:
                         threads=torch.get_num_threads(),
                         torch=torch.__version__,
                     )
-                    weights = kept_weights(unet, facts, ema)
                     moments = optimizer.tensors()
-                    path = save_checkpoint(
-                        run.folder,
-                        state,
-                        run.card,
-                        model_card(run.card, config, settings.datasets, done),
-                        export,
-                        weights,
-                        moments,
-                        config.checkpoint.keep,
-                        config.checkpoint.keep_best,
-                        score.best if score else None,
-                    )
+                    with optimizer.averaged():
+                        path = save_checkpoint(
+                            run.folder,
+                            state,
+                            run.card,
+                            model_card(run.card, config, settings.datasets, done),
+                            export,
+                            kept_weights(unet, facts, ema),
+                            moments,
+                            config.checkpoint.keep,
+                            config.checkpoint.keep_best,
+                            score.best if score else None,
+                        )
                     run.log.write("checkpoint", step=done, path=path.name)
                 if is_asked and not is_last:
                     run.log.write("stopped", step=done)
@@ -183,7 +196,7 @@ def _predict(
         device.type, torch.bfloat16, enabled=config.precision == "bf16-mixed"
     )
     with autocast:
-        return model(x_t, t, text, time_ids, config.loss.aesthetic_score)
+        return model(x_t.to(model.dtype), t, text, time_ids, config.loss.aesthetic_score)
 
 
 def _restore(run: Run, optimizer: Optimizer, ema: Ema | None, device: torch.device) -> Tensor:

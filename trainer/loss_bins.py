@@ -23,8 +23,8 @@ class Bin:
     samples: int
 
     def as_list(self) -> list[float]:
-        """[low, high, loss, samples], as events have it."""
-        return [self.low, self.high, self.loss, self.samples]
+        """[low, high, loss, samples], as events have it: six digits tell two losses apart."""
+        return [self.low, self.high, float(f"{self.loss:.6g}"), self.samples]
 
     @property
     def name(self) -> str:

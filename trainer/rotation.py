@@ -19,7 +19,7 @@ from shared.runlog import read_events
 
 OPTIMIZER_FILE = "optimizer.safetensors"
 WITH_OPTIMIZER = 2  # newest checkpoints that keep the optimizer's state
-_BEST = "best.json"
+BEST_FILE = "best.json"
 
 
 def checkpoint_name(step: int) -> str:
@@ -79,7 +79,7 @@ def _drop_optimizer(path: Path) -> None:
 
 
 def _read_scores(run: Path) -> dict[str, float]:
-    path = run / "checkpoints" / _BEST
+    path = run / "checkpoints" / BEST_FILE
     if not path.exists():
         return {}
     try:
@@ -101,7 +101,7 @@ def _scores_of_events(run: Path) -> dict[str, float]:
 
 def _write(run: Path, there: Sequence[Path], scores: dict[str, float] | None = None, also: str = "") -> None:
     """Write best.json for the checkpoints that are `there` and one `also` that will be; no file without any score."""
-    path, known = run / "checkpoints" / _BEST, _read_scores(run) if scores is None else scores
+    path, known = run / "checkpoints" / BEST_FILE, _read_scores(run) if scores is None else scores
     names = [checkpoint.name for checkpoint in there if checkpoint.name in known]
     kept = {name: known[name] for name in sorted({*names, also} & known.keys())}
     if not kept:

@@ -49,7 +49,7 @@ def load_trained(config: ExpertConfig, start: Start, checkpoint: Checkpoint | No
     if config.adapter is not None:
         unet = _load_adapted(config, start, checkpoint, device)
     else:
-        unet = _load_whole(start, checkpoint, device)
+        unet = _load_whole(config, start, checkpoint, device)
         chosen = set(trained_names(config.trainable, {name: tuple(w.shape) for name, w in unet.named_parameters()}))
         for name, weight in unet.named_parameters():
             weight.requires_grad_(name in chosen)
@@ -93,10 +93,11 @@ def export_of(unet: Any, start: Start, facts: ExpertFacts) -> Export:
     return Export(UNET_FILE, {}, read_unet_config(start.unet))
 
 
-def _load_whole(start: Start, checkpoint: Checkpoint | None, device: torch.device) -> Any:
+def _load_whole(config: ExpertConfig, start: Start, checkpoint: Checkpoint | None, device: torch.device) -> Any:
+    dtype = torch.bfloat16 if config.precision == "bf16-lean" else torch.float32
     if checkpoint is not None:
-        return load_unet(checkpoint.path / "unet", device)
-    unet = load_unet(start.unet, device)
+        return load_unet(checkpoint.path / "unet", device, dtype)
+    unet = load_unet(start.unet, device, dtype)
     if start.adapter is not None:
         assert start.facts is not None
         assert start.facts.adapter is not None

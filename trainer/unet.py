@@ -75,6 +75,14 @@ def load_unet(folder: Path, device: torch.device, dtype: torch.dtype = torch.flo
     return unet.to(device).eval()
 
 
+def unet_on_meta(config: dict[str, Any], dtype: torch.dtype = torch.float32) -> Any:
+    """A UNet of these settings without weights, to be counted and measured."""
+    from diffusers import UNet2DConditionModel
+
+    with torch.device("meta"):
+        return UNet2DConditionModel.from_config(config).to(dtype)
+
+
 @dataclass(frozen=True)
 class ConditionedUnet:
     """A UNet behind SDXL-layout inputs: text and time_ids are cut to what its own layout takes."""
@@ -83,6 +91,12 @@ class ConditionedUnet:
     layout: Layout
     refiner_width: int  # columns of prompt_embeds that are the second text encoder's
     adapter: str | None = None  # of several on one UNet, the one that is meant
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of its weights."""
+        dtype: torch.dtype = next(iter(self.unet.parameters())).dtype
+        return dtype
 
     def __call__(self, x: Tensor, t: Tensor, text: PromptEmbeds, time_ids: Tensor, aesthetic_score: float) -> Tensor:
         """Output [B, 4, h, w] at x [B, 4, h, w] and t [B], for SDXL-layout text and time_ids [B, 6].

@@ -23,12 +23,14 @@ from shared.store import StoreReader
 from tests.pictures import write_shapes
 from trainer.checkpoint import read_tensors
 from trainer.config import EvalConfig, LossConfig
+from trainer.ema import Ema
 from trainer.eval_loss import eval_loss, holding, plan_draws
 from trainer.eval_samples import PinnedSample, choose_samples, pin_samples, read_sample_batch
-from trainer.held_out import Turns
+from trainer.held_out import HeldOut, Turns
 from trainer.loop import train_expert
 from trainer.loss import DenoisingLoss
 from trainer.loss_bins import LossBins
+from trainer.run import open_run
 from trainer.unet import ConditionedUnet, load_unet
 
 CPU = torch.device("cpu")
@@ -129,6 +131,18 @@ def test_training_does_not_notice(world: Any, files_of: Any, events: Events, tmp
     assert told[0] == told[1]
 
 
+@pytest.mark.parametrize(
+    "sets", [("precision=bf16-lean", "ema.device=cpu"), ("optimizer.name=schedule-free", "ema.decay=0")]
+)
+def test_nor_where_weights_are_not_plain(world: Any, files_of: Any, events: Events, tmp_path: Path, sets: Any) -> None:
+    """bf16 weights beside an fp32 average on the host, and an optimizer that keeps its average by itself."""
+    common = ("steps=3", "batch=1", "checkpoint.every=3", *sets)
+    train_expert(world.request(tmp_path / "without", *common, "eval.samples=0"))
+    train_expert(world.request(tmp_path / "with", *common, *FREELY, "eval.every=1"))
+    assert files_of(tmp_path / "with", 3) == files_of(tmp_path / "without", 3)
+    assert all(event["loss"] > 0 and event.get("loss_ema", 1) > 0 for event in events(tmp_path / "with", "eval"))
+
+
 def test_what_is_logged_is_that_of_the_checkpoint_and_of_its_average(
     world: Any, store: StoreReader, events: Events, tmp_path: Path
 ) -> None:
@@ -193,6 +207,20 @@ def test_at_most_256_and_whichever_others_there_are(world: Any) -> None:
     manifest = open_manifest(world.store, world.manifest)
     some = choose_samples(manifest, 2)
     assert choose_samples(manifest)[:2] == some
+
+
+def test_a_move_to_means_alone_keeps_the_variance_of_what_was_pinned(
+    world: Any, events: Events, tmp_path: Path
+) -> None:
+    own, run = world.copy(tmp_path / "store"), tmp_path / "run"
+    sets = ("batch=1", "ema.decay=0", "optimizer.learning_rate=1e-12", *FREELY)
+    train_expert(own.request(run, "steps=2", *sets))
+    own.build("encode.latents=mean")
+    assert open_manifest(own.store, "main").settings.latents == "mean"
+    train_expert(own.request(run, "steps=4", *sets, move="main"))
+    first, last = events(run, "eval")
+    assert (first["lost"], last["lost"]) == (0, 0)
+    assert last["loss"] == pytest.approx(first["loss"], rel=1e-6)
 
 
 def test_samples_that_are_trained_on_later_are_told(
@@ -271,6 +299,21 @@ def test_without_a_limit_every_turn_is_taken() -> None:
             turns.took(1e9)
             taken.append(done)
     assert taken == [3, 5, 6, 9, 10]
+
+
+def test_who_asks_to_stop_does_not_wait_for_it(world: Any, store: StoreReader, events: Events, tmp_path: Path) -> None:
+    """A request that comes while it measures breaks it off: what was saved has no score, the weights are their own."""
+    run = open_run(world.request(tmp_path / "run", *FREELY, "batch=2"))
+    unet = load_unet(world.model / "unet", CPU)
+    ema = Ema(unet, 0.5)
+    before = {name: p.detach().clone() for name, p in unet.named_parameters()}
+    model = partial(ConditionedUnet(unet, "sdxl", 64), aesthetic_score=6.0)
+    asked, held_out = iter([False] * 8 + [True] * 99), HeldOut(run, store, objective(BASE), CPU)
+    assert held_out.measure(model, unet, ema, lambda: next(asked)) is None  # the second pass, with the average
+    assert unet.training
+    assert all(torch.equal(p, before[name]) for name, p in unet.named_parameters())
+    assert held_out.measure(model, unet, ema) is not None
+    run.close()
 
 
 # --- by timestep while training ---

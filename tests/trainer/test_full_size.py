@@ -24,9 +24,9 @@ from shared.progress import say
 from shared.record import decode_record
 from shared.schedule import NoiseSchedule, TimestepRange, scaled_linear_betas
 from trainer.batch import Batch
-from trainer.config import OptimizerConfig
 from trainer.loss import DenoisingLoss
 from trainer.optim import Optimizer
+from trainer.optimizer_config import OptimizerConfig
 from trainer.unet import ConditionedUnet, choose_layout
 
 pytestmark = pytest.mark.slow

@@ -2,16 +2,20 @@
 
 import contextlib
 import json
+import random
 import shutil
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from shared.errors import CheckpointError
 from trainer import rotation
 from trainer.checkpoint import open_checkpoint
+from trainer.generate import open_expert
 from trainer.loop import train_expert
 from trainer.rotation import best_checkpoints, checkpoint_name, list_checkpoints, rotate, write_score
 
@@ -160,18 +164,34 @@ def test_a_run_keeps_its_best_checkpoint(world: Any, events: Any, tmp_path: Path
     assert (best(run)["step"], best(run)["path"], best(run)["loss"]) == (2, "step-00000002", losses[2])
     kept = open_checkpoint(run / "checkpoints" / "step-00000002")
     assert not (kept.path / "optimizer.safetensors").exists()
+    assert open_expert(run).path.name == "step-00000010"
+    by_name = run / "checkpoints" / "best.json"
+    assert open_expert(by_name).path == kept.path
+    (kept.path / "state.json").write_text("{}")
+    assert open_expert(by_name).path.name == checkpoint_name(min((8, 10), key=lambda step: losses[step]))
+    for step in (8, 10):
+        (run / "checkpoints" / checkpoint_name(step) / "state.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="has an eval loss and verifies"):
+        open_expert(by_name)
 
 
+@pytest.mark.parametrize(("kills", "steps"), [(1, 8), pytest.param(40, 60, marks=pytest.mark.slow)])
 def test_killed_and_gone_on_with_the_best_is_the_same(
-    world: Any, start: Callable[..., Any], events: Any, tmp_path: Path
+    world: Any, start: Callable[..., Any], tmp_path: Path, kills: int, steps: int
 ) -> None:
-    sets = ("steps=8", "batch=1", "optimizer.learning_rate=0.05", "checkpoint.every=1", "checkpoint.keep=2", *FREELY)
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    """Saved and evaluated at every step, killed while it saves: best.json always names one that is there."""
+    rate = "optimizer.learning_rate=0.05"
+    sets = (f"steps={steps}", "batch=1", rate, "checkpoint.every=1", "checkpoint.keep=2", *FREELY)
+    whole, broken, rng = tmp_path / "whole", tmp_path / "broken", random.Random(0)
     train_expert(world.request(whole, *sets))
-    command = start("train-expert", world.arguments(broken, *sets))
-    command.wait_for(lambda: len(list_checkpoints(broken)) > 1)
-    command.signal(signal.SIGKILL)
-    command.wait()
+    for _ in range(kills):
+        command, before = start("train-expert", world.arguments(broken, *sets)), list_checkpoints(broken)
+        command.wait_for(lambda before=before: list_checkpoints(broken)[:1] > before[:1])
+        time.sleep(rng.uniform(0, 0.1))
+        command.signal(signal.SIGKILL)
+        command.wait()
+        if (broken / "checkpoints" / "best.json").exists() and "path" in best(broken):
+            assert (broken / "checkpoints" / best(broken)["path"]).is_dir()
     train_expert(world.request(broken, *sets))
     assert best(broken) == best(whole)
     assert names(broken) == names(whole)
