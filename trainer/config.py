@@ -127,7 +127,7 @@ class ExpertConfig(Config):
     batch: int = Field(1, ge=1)
     """Samples in a micro-batch, all of one bucket."""
     accumulation: int = Field(1, ge=1)
-    """Micro-batches in an optimizer step."""
+    """Micro-batches in an optimizer step, of all processes together: on one GPU or four, it is the same run."""
     seed: int = 0
     """Seed of order, timesteps, noise and dropout."""
     precision: Literal["fp32", "bf16-mixed", "bf16-lean"] = "fp32"

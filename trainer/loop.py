@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from shared.conditioning import PromptEmbeds
-from shared.device import choose_device
 from shared.errors import DataError, Stopped
 from shared.progress import progress, say
 from shared.store import StoreReader
@@ -30,7 +29,9 @@ from trainer.loss_bins import LossBins
 from trainer.meter import Meter
 from trainer.model_card import model_card
 from trainer.optim import Optimizer
-from trainer.run import Request, Run, make_order, open_run
+from trainer.processes import joined
+from trainer.run import Request, Run, make_order, open_run_together
+from trainer.sampler import own_micro_batches
 from trainer.stopping import stop_requests
 from trainer.trackers import Curves
 from trainer.trained import export_of, kept_weights, load_trained, restore_average, seed_layers
@@ -43,8 +44,14 @@ def train_expert(request: Request) -> int:
 
     Raises Stopped (exit 75) after saving where the process was asked to stop, and whatever open_run raises.
     """
-    config, device = request.config, choose_device(request.device)
-    with stop_requests() as stop, StoreReader(request.store) as store, closing(open_run(request)) as run:
+    config = request.config
+    with (
+        stop_requests() as stop,
+        joined(request.device) as processes,
+        StoreReader(request.store) as store,
+        closing(open_run_together(request, processes)) as run,
+    ):
+        device, share = processes.device, processes.share(config.accumulation)
         if run.first_step >= config.steps:
             say(f"{run.folder} is complete: {run.first_step} steps")
             return run.first_step
@@ -65,8 +72,11 @@ def train_expert(request: Request) -> int:
         # What it is trained on, and towards what.
         settings, facts = run.manifest.settings, run.card.facts
         export = export_of(unet, run.start, facts)
-        model = ConditionedUnet(unet, facts.layout, settings.text_widths[1])
-        predict = partial(_predict, model, config, device)
+        trained = processes.wrap(unet)
+        predict, predict_alone = (
+            partial(_predict, ConditionedUnet(model, facts.layout, settings.text_widths[1]), config, device)
+            for model in (trained, unet)
+        )
         schedule = run.card.contract.schedule(device)
         loss = DenoisingLoss(
             schedule,
@@ -89,35 +99,37 @@ def train_expert(request: Request) -> int:
             on_corrupt=lambda path, why: run.log.write("corrupt", path=path, why=why),
         )
         order = make_order(run, pools)
-        first = (run.first_step - run.manifest_use.from_step) * config.accumulation
-        batches = prefetch(lambda index: reader.read(order[index]), first)
-        curves = Curves(run.folder, run.first_step, enabled=config.log.tensorboard)
+        steps_before = run.first_step - run.manifest_use.from_step
+        mine = own_micro_batches(processes.index, share, config.accumulation)
+        batches = prefetch(lambda index: reader.read(order[mine(index)]), steps_before * share)
+        curves = Curves(run.folder, run.first_step, enabled=config.log.tensorboard and processes.is_first)
         seen = describe_view(run.manifest, pools)
         say(f"{config.name}: timesteps {config.range}, {seen}, {device}, {config.precision}")
         for line in objective_advice(config):
             run.log.write("advice", why=line)
             say(f"note: {line}")
 
-        held_out = HeldOut(run, store, loss, device)
+        held_out = HeldOut(run, store, loss, device) if processes.is_first else None
         bins = LossBins(config.range, device)
         meter = Meter(config.batch * config.accumulation)
         advance_bar = progress(config.name, config.steps, "steps", run.first_step)
         with closing(batches), closing(curves), recompiling_is_an_error(config.compile), advance_bar as advance:
             if config.compile:
-                warm_up(unet, predict, {pool.hw for pool in pools}, config.batch, settings, device)
-            if stop.asked():
+                warm_up(unet, predict_alone, {pool.hw for pool in pools}, config.batch, settings, device)
+            if processes.any(stop.asked()):
                 raise Stopped(f"{run.folder} was opened and nothing done; the same command goes on")
             for step in range(run.first_step, config.steps):
                 optimizer.scale_rates(rate_share(step, config.steps, config.optimizer.rate))
-                t = loss.timesteps(step, config.batch * config.accumulation, device)
+                t = loss.timesteps(step, config.batch * config.accumulation, device).view(-1, config.batch)
                 step_loss = torch.zeros((), device=device)
-                for t_micro in t.view(-1, config.batch):
+                for micro, t_micro in enumerate(t[processes.index * share :][:share]):
                     batch = meter.wait(batches).to(device)
                     seed_layers(config.seed, batch.places[0])
-                    losses = loss(predict, batch, t_micro)
+                    with processes.averaging(trained, now=micro == share - 1):
+                        losses = loss(predict, batch, t_micro)
+                        micro_loss = losses.mean() / share
+                        torch.autograd.backward(micro_loss)
                     bins.add(t_micro, losses)
-                    micro_loss = losses.mean() / config.accumulation
-                    torch.autograd.backward(micro_loss)
                     step_loss += micro_loss.detach()
 
                 # A step whose gradients are not finite is skipped and counted on the device; nobody waits for it here.
@@ -133,21 +145,25 @@ def train_expert(request: Request) -> int:
 
                 done = step + 1
                 is_last = done == config.steps
-                is_asked = stop.asked()  # read once: a request that comes while saving is answered after the next step
+                # Read once: a request that comes while saving is answered after the next step.
+                is_asked = processes.any(stop.asked())
                 if done % config.log.every == 0 or is_last:
-                    values = meter.read() | {"learning_rate": optimizer.learning_rate, "skipped": int(skipped)}
-                    by_t = bins.read(bins.take())
+                    values = meter.read(processes.mean) | {
+                        "learning_rate": optimizer.learning_rate,
+                        "skipped": int(skipped),
+                    }
+                    by_t = bins.read(processes.total(bins.take()))
                     run.log.write(
                         "step", step=done, epoch=batch.places[-1][0], **values, bins=[one.as_list() for one in by_t]
                     )
                     curves.log(values | {f"loss/{one.name}": one.loss for one in by_t}, done)
                     if int(skipped) > config.optimizer.max_skipped:
                         raise DataError(f"{int(skipped)} steps had gradients that were not finite: giving up at {done}")
-                is_saving = done % config.checkpoint.every == 0 or is_last or is_asked
+                is_saving = processes.is_first and (done % config.checkpoint.every == 0 or is_last or is_asked)
                 score = None
-                if not is_asked and held_out.is_turn(done, is_saving):
+                if held_out is not None and not is_asked and held_out.is_turn(done, is_saving):
                     with optimizer.averaged():
-                        score = held_out.measure(predict, unet, ema, stop.asked)
+                        score = held_out.measure(predict_alone, unet, ema, stop.asked)
                 if score is not None:
                     run.log.write("eval", step=done, **score.fields())
                     curves.log(score.curves(), done)

@@ -6,6 +6,7 @@ RUN/events.jsonl    what happened
 RUN/checkpoints/    trainer/checkpoint.py
 """
 
+import os
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -17,14 +18,15 @@ from pydantic import ValidationError
 from shared.atomic import write_atomically
 from shared.config import dump_config, flatten, load_config
 from shared.contract import ExpertCard, ExpertFacts, ManifestUse, PairContract
-from shared.errors import CheckpointError, ConfigError, ContractError, ManifestMismatch
+from shared.errors import CheckpointError, ConfigError, ContractError, ExpertsError, ManifestMismatch, Stopped
 from shared.lease import Lease
 from shared.manifest import Manifest, current_digest, open_manifest
 from shared.model_folder import model_name, read_licence
 from shared.progress import say
 from shared.runlog import RunLog
-from trainer.checkpoint import Checkpoint, resumable_checkpoint, set_aside_newer
+from trainer.checkpoint import Checkpoint, open_checkpoint, resumable_checkpoint, set_aside_newer
 from trainer.config import MAY_CHANGE, ExpertConfig, resolve_null_prompt
+from trainer.processes import Processes
 from trainer.sampler import Order, Pool
 from trainer.start import Start, check_start, choose_start, same_start
 from trainer.trained import check_names
@@ -56,7 +58,7 @@ class Run:
     checkpoint: Checkpoint | None
     start: Start
     log: RunLog
-    lease: Lease
+    lease: Lease | None  # None in processes that help the one that holds it
 
     @property
     def first_step(self) -> int:
@@ -71,7 +73,8 @@ class Run:
     def close(self) -> None:
         """Close the log and let another process take the run."""
         self.log.close()
-        self.lease.release()
+        if self.lease is not None:
+            self.lease.release()
 
 
 def open_run(request: Request) -> Run:
@@ -99,6 +102,37 @@ def open_run(request: Request) -> Run:
     except BaseException:
         lease.release()
         raise
+
+
+def open_run_together(request: Request, processes: Processes) -> Run:
+    """The same run in every process: the first opens it and tells the others where it stands.
+
+    Raises what open_run raises, in the first; the others then end with Stopped.
+    """
+    if processes.count == 1:
+        return open_run(request)
+    if not processes.is_first:
+        return _join_run(request, processes.tell())
+    try:
+        run = open_run(request)
+    except ExpertsError:
+        processes.tell({})
+        raise
+    use, checkpoint = run.manifest_use, run.checkpoint
+    where = {"manifest": use.name, "digest": use.digest, "checkpoint": checkpoint.path.name if checkpoint else None}
+    processes.tell(where)
+    return run
+
+
+def _join_run(request: Request, told: dict[str, Any]) -> Run:
+    """The run that the first process has opened, without its lease and its log."""
+    if not told:
+        raise Stopped("the first process could not open the run")
+    folder = request.output
+    manifest = open_manifest(request.store, told["manifest"], told["digest"])
+    path = told["checkpoint"] and folder / "checkpoints" / told["checkpoint"]
+    checkpoint = open_checkpoint(path) if path else None
+    return Run(folder, request.config, _read_card(folder), manifest, checkpoint, RunLog(Path(os.devnull)), None)
 
 
 def _is_foreign(folder: Path) -> bool:

@@ -13,7 +13,7 @@ w k times, give or take less than one.
 
 import bisect
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -138,3 +138,8 @@ class Order:
         labels = ("rows", *self._pools[number].hw, self._first_epoch + epoch)
         permuted: Indices = items[make_permutation(self._seed, *labels, length=len(items))]
         return permuted
+
+
+def own_micro_batches(process: int, share: int, accumulation: int) -> Callable[[int], int]:
+    """Which micro-batch of the order is a process's own number n: of each `accumulation`, the `process`-th `share`."""
+    return lambda n: n // share * accumulation + process * share + n % share
