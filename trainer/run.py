@@ -132,7 +132,10 @@ def _join_run(request: Request, told: dict[str, Any]) -> Run:
     manifest = open_manifest(request.store, told["manifest"], told["digest"])
     path = told["checkpoint"] and folder / "checkpoints" / told["checkpoint"]
     checkpoint = open_checkpoint(path) if path else None
-    return Run(folder, request.config, _read_card(folder), manifest, checkpoint, RunLog(Path(os.devnull)), None)
+    card = _read_card(folder)
+    begun = same_start(request.config, request.model, request.start, card.facts.start)
+    start = begun or _own_start(request, card, checkpoint)
+    return Run(folder, request.config, card, manifest, checkpoint, start, RunLog(Path(os.devnull)), None)
 
 
 def _is_foreign(folder: Path) -> bool:
