@@ -29,14 +29,15 @@ from trainer.loop import train_expert
 
 SAMPLES = 64
 BATCH = 2
-WARM_UP_STEPS = 4  # of each round, not counted
+LOG_EVERY = 10  # steps, as by default
+WARM_UP_STEPS = LOG_EVERY  # of each round, not counted
 
 
 @dataclass(frozen=True)
 class Reached:
     """What a round told."""
 
-    per_s: float  # steps, in the median of four at a time
+    per_s: float  # steps, in the median of LOG_EVERY at a time
     wait_share: float
     cpu_s: float  # of the whole process for a step, its start and end taken off
 
@@ -60,7 +61,7 @@ class Trainer:
     def _run(self, steps: int) -> float:
         self._done += steps
         began_s = time.process_time()
-        sets = (f"steps={self._done}", f"batch={BATCH}", "accumulation=1", "log.every=4")
+        sets = (f"steps={self._done}", f"batch={BATCH}", "accumulation=1", f"log.every={LOG_EVERY}")
         train_expert(self._world.request(self._output, "cpu", *sets))
         return time.process_time() - began_s
 
@@ -76,12 +77,12 @@ class Bare:
         for _ in range(WARM_UP_STEPS):
             self._loop.step()
         rates, began_s = [], time.process_time()
-        for _ in range(steps // 4):
+        for _ in range(steps // LOG_EVERY):
             began = time.perf_counter()
-            for _ in range(4):
+            for _ in range(LOG_EVERY):
                 self._loop.step()
-            rates.append(4 / (time.perf_counter() - began))
-        return Reached(median(rates), 0.0, (time.process_time() - began_s) / (steps // 4 * 4))
+            rates.append(LOG_EVERY / (time.perf_counter() - began))
+        return Reached(median(rates), 0.0, (time.process_time() - began_s) / (len(rates) * LOG_EVERY))
 
 
 def measure_alone(world: World, folder: Path, rounds: int, steps: int) -> dict[str, float]:
@@ -158,7 +159,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.train_overhead", description="What the trainer adds to a loop.")
     parser.add_argument("--shapes", default="tiny,20M", help="of the UNet (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="default: %(default)s")
-    parser.add_argument("--steps", type=int, default=24, help="in a round (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=40, help="in a round, in tens (default: %(default)s)")
     parser.add_argument("--cores", default="", metavar="A,B", help="measure two at once too, on these cores")
     parser.add_argument("--json", type=Path, metavar="FILE", help="file for the numbers")
     options = parser.parse_args(arguments)

@@ -45,7 +45,7 @@ def test_encoding(tmp_path: Path) -> None:
 
 
 def test_overhead(tmp_path: Path) -> None:
-    sets = ["--shapes", "tiny", "--rounds", "1", "--steps", "4", "--json", str(tmp_path / "out.json")]
+    sets = ["--shapes", "tiny", "--rounds", "1", "--steps", "10", "--json", str(tmp_path / "out.json")]
     assert train_overhead.main(sets) == 0
     alone = json.loads((tmp_path / "out.json").read_text())["tiny"]["alone"]
     assert alone["ratio"] == pytest.approx(alone["trainer_step_s"] / alone["bare_step_s"])
