@@ -1,11 +1,14 @@
 """Doors of this tower: parse, load, call one function, one line on an error. Nothing heavy is imported for --help."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from shared.command import not_yet, run_command, yield_idle_threads
+
+if TYPE_CHECKING:
+    from trainer.run import Request
 
 Configs = Annotated[list[Path] | None, typer.Option("--config", help="TOML file; several are layered, later ones win.")]
 Sets = Annotated[list[str] | None, typer.Option("--set", help="One setting, e.g. optimizer.learning_rate=1e-6.")]
@@ -18,6 +21,10 @@ Start = Annotated[
     Path | None, typer.Option(help="Run folder or checkpoint of an expert whose weights training starts from.")
 ]
 Move = Annotated[str | None, typer.Option(help="Go on with the newest manifest of this name, in a new epoch.")]
+
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what it would do and how long; write nothing.")]
+Timing = Annotated[bool, typer.Option(help="With --dry-run: take a few steps to time them.")]
+Json = Annotated[bool, typer.Option("--json", help="With --dry-run: one JSON object.")]
 
 Experts = Annotated[
     list[Path], typer.Option("--expert", help="Run folder, checkpoint or best.json of an expert; give both.")
@@ -48,6 +55,9 @@ def _train_expert(
     device: Device = "auto",
     move_to_manifest: Move = None,
     start: Start = None,
+    dry_run: DryRun = False,
+    timing: Timing = True,
+    json: Json = False,
 ) -> None:
     """Train one expert from a store; run it twice at once, with base.toml and with refiner.toml."""
     from shared.config import load_config
@@ -56,11 +66,27 @@ def _train_expert(
 
     settings = load_config(ExpertConfig, config or [], sets or [])
     model_folder = resolve_model(model, ("unet",))
-    from trainer.loop import train_expert as train
     from trainer.run import Request
 
-    steps = train(Request(settings, store, manifest, model_folder, output, device, move_to_manifest, start))
+    request = Request(settings, store, manifest, model_folder, output, device, move_to_manifest, start)
+    if dry_run:
+        _rehearse(request, timing, json)
+        return
+    from trainer.loop import train_expert as train
+
+    steps = train(request)
     typer.echo(f"expert {settings.name} is trained: {steps} steps, in {output}")
+
+
+def _rehearse(request: "Request", timing: bool, as_json: bool) -> None:
+    from json import dumps
+
+    from trainer.rehearsal import rehearse, require_room
+
+    report = rehearse(request, with_timing=timing)
+    for line in [dumps(report.as_json())] if as_json else report.lines():
+        typer.echo(line)
+    require_room(report, request.output)
 
 
 def _generate_images(

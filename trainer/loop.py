@@ -75,7 +75,7 @@ def train_expert(request: Request) -> int:
         export = export_of(unet, run.start, facts)
         trained = processes.wrap(unet)
         predict, predict_alone = (
-            partial(_predict, ConditionedUnet(model, facts.layout, settings.text_widths[1]), config, device)
+            partial(predict_in_precision, ConditionedUnet(model, facts.layout, settings.text_widths[1]), config, device)
             for model in (trained, unet)
         )
         schedule = run.card.contract.schedule(device)
@@ -202,7 +202,7 @@ def train_expert(request: Request) -> int:
         return config.steps
 
 
-def _predict(
+def predict_in_precision(
     model: ConditionedUnet,
     config: ExpertConfig,
     device: torch.device,
@@ -211,6 +211,7 @@ def _predict(
     text: PromptEmbeds,
     time_ids: Tensor,
 ) -> Tensor:
+    """What the UNet answers, computed in the precision that the config asks for."""
     autocast: AbstractContextManager[Any] = torch.autocast(
         device.type, torch.bfloat16, enabled=config.precision == "bf16-mixed"
     )

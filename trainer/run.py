@@ -85,23 +85,65 @@ def open_run(request: Request) -> Run:
     """
     folder = request.output
     is_new = not (folder / "expert.json").exists()
-    if is_new and folder.exists() and _is_foreign(folder):
-        raise ConfigError(f"{folder} is not empty and no run: name a new folder with --output")
     if is_new:
-        manifest = open_manifest(request.store, request.move_to_manifest or request.manifest)
-        start = choose_start(request.config, request.model, request.start)
-        check_names(request.config, start)
-        card = _new_card(request, manifest, start)
-        check_start(card, start)
+        new = _prospect_of_new(request)
         folder.mkdir(parents=True, exist_ok=True)
     lease = Lease(folder / "run.lock", f"run {folder} is being trained", "one process trains a run")
     try:
         if is_new and not (folder / "expert.json").exists():  # another process may have begun it in the meantime
-            return _begin(request, card, manifest, start, lease)
+            return _begin(request, new, lease)
         return _go_on(request, lease)
     except BaseException:
         lease.release()
         raise
+
+
+@dataclass(frozen=True)
+class Prospect:
+    """What `train-expert` would open: nothing is written, and no lease is taken."""
+
+    card: ExpertCard
+    manifest: Manifest
+    checkpoint: Checkpoint | None
+    start: Start
+
+
+def look_at_run(request: Request) -> Prospect:
+    """The run that the same request would begin or go on with; raises what open_run would, but for a lease."""
+    folder = request.output
+    if not (folder / "expert.json").exists():
+        return _prospect_of_new(request)
+    _refuse_changes(folder, _changes(load_config(ExpertConfig, [folder / "config.toml"]), request.config))
+    card, checkpoint = _read_card(folder), resumable_checkpoint(folder, lambda why: say(f"passed over: {why}"))
+    start = _start_again(request, card) or _own_start(request, card, checkpoint)
+    step = checkpoint.state.step if checkpoint else 0
+    card = _with_manifests(card, tuple(use for use in card.facts.manifests if use.from_step <= step))
+    if request.move_to_manifest:
+        manifest, card = _move(request, card, checkpoint)
+    else:
+        manifest = _same_manifest(request, card)
+    return Prospect(card, manifest, checkpoint, start)
+
+
+def _prospect_of_new(request: Request) -> Prospect:
+    if request.output.exists() and _is_foreign(request.output):
+        raise ConfigError(f"{request.output} is not empty and no run: name a new folder with --output")
+    manifest = open_manifest(request.store, request.move_to_manifest or request.manifest)
+    start = choose_start(request.config, request.model, request.start)
+    check_names(request.config, start)
+    card = _new_card(request, manifest, start)
+    check_start(card, start)
+    return Prospect(card, manifest, None, start)
+
+
+def _start_again(request: Request, card: ExpertCard) -> Start | None:
+    """What the run started from, None where it is gone; raises ContractError where it is another now."""
+    start = same_start(request.config, request.model, request.start, card.facts.start)
+    if start is not None and unet_digest(start.unet) != card.facts.start_model_digest:
+        raise ContractError(
+            f"{request.output} began from another UNet than {request.model}: name a new folder with --output"
+        )
+    return start
 
 
 def open_run_together(request: Request, processes: Processes) -> Run:
@@ -146,12 +188,12 @@ def _is_foreign(folder: Path) -> bool:
     return bool(names - {"run.lock", "config.toml"})
 
 
-def _begin(request: Request, card: ExpertCard, manifest: Manifest, start: Start, lease: Lease) -> Run:
+def _begin(request: Request, new: Prospect, lease: Lease) -> Run:
     write_config(request.output, request.config)
-    write_card(request.output, card)
+    write_card(request.output, new.card)
     log = RunLog(request.output / "events.jsonl")
-    log.write("begin", name=request.config.name, manifest=manifest.name, digest=manifest.digest, step=0)
-    return Run(request.output, request.config, card, manifest, None, start, log, lease)
+    log.write("begin", name=request.config.name, manifest=new.manifest.name, digest=new.manifest.digest, step=0)
+    return Run(request.output, request.config, new.card, new.manifest, None, new.start, log, lease)
 
 
 def _go_on(request: Request, lease: Lease) -> Run:
@@ -160,9 +202,7 @@ def _go_on(request: Request, lease: Lease) -> Run:
     changes = _changes(old, request.config)
     _refuse_changes(folder, changes)
     card = _read_card(folder)
-    start = same_start(request.config, request.model, request.start, card.facts.start)
-    if start is not None and unet_digest(start.unet) != card.facts.start_model_digest:
-        raise ContractError(f"{folder} began from another UNet than {request.model}: name a new folder with --output")
+    start = _start_again(request, card)
     with ExitStack() as on_error:
         log = on_error.enter_context(closing(RunLog(folder / "events.jsonl")))
 
