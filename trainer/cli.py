@@ -14,6 +14,9 @@ Name = Annotated[str, typer.Option("--manifest", help="Manifest to begin on; a r
 Model = Annotated[str, typer.Option("--model", help="SDXL-layout model: a diffusers folder or a Hub id.")]
 Output = Annotated[Path, typer.Option("--output", help="Run folder; the same command goes on with what is in it.")]
 Device = Annotated[str, typer.Option(help="auto, cuda, mps or cpu.")]
+Start = Annotated[
+    Path | None, typer.Option(help="Run folder or checkpoint of an expert whose weights training starts from.")
+]
 Move = Annotated[str | None, typer.Option(help="Go on with the newest manifest of this name, in a new epoch.")]
 
 Experts = Annotated[
@@ -22,6 +25,9 @@ Experts = Annotated[
 Prompts = Annotated[list[str] | None, typer.Option("--prompt", help="What to draw; may be given again.")]
 PromptFile = Annotated[Path | None, typer.Option("--prompts", help="Text file with a prompt on each line.")]
 Out = Annotated[Path, typer.Option("--out", help="Folder for the pictures.")]
+Base = Annotated[
+    Path | None, typer.Option(help="Run folder or checkpoint that adapter experts stand on, if it is not --model.")
+]
 Steps = Annotated[int, typer.Option(min=1, max=1000, help="Steps of the scheduler.")]
 Guidance = Annotated[float, typer.Option(min=0, help="Weight of the prompt; 1 or less draws without guidance.")]
 Rescale = Annotated[float | None, typer.Option(min=0, max=1, help="0.7 with zero-terminal SNR, 0 without.")]
@@ -41,6 +47,7 @@ def _train_expert(
     sets: Sets = None,
     device: Device = "auto",
     move_to_manifest: Move = None,
+    start: Start = None,
 ) -> None:
     """Train one expert from a store; run it twice at once, with base.toml and with refiner.toml."""
     from shared.config import load_config
@@ -52,7 +59,7 @@ def _train_expert(
     from trainer.loop import train_expert as train
     from trainer.run import Request
 
-    steps = train(Request(settings, store, manifest, model_folder, output, device, move_to_manifest))
+    steps = train(Request(settings, store, manifest, model_folder, output, device, move_to_manifest, start))
     typer.echo(f"expert {settings.name} is trained: {steps} steps, in {output}")
 
 
@@ -72,15 +79,17 @@ def _generate_images(
     width: Size = None,
     height: Size = None,
     device: Device = "auto",
+    base: Base = None,
 ) -> None:
     """Draw with a pair of experts: each step is made by the expert whose range its timestep lies in."""
     from shared.model_folder import resolve_model
+    from trainer.drawn import needed_components
     from trainer.ensemble import DrawSettings
     from trainer.generate import GenerateRequest, generate, read_prompts
 
     request = GenerateRequest(
         experts=expert,
-        model=resolve_model(model, ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")),
+        model=resolve_model(model, needed_components(expert)),
         prompts=read_prompts(prompt or [], prompts),
         out=out,
         settings=DrawSettings(steps, guidance, guidance_rescale, scheduler),
@@ -90,6 +99,7 @@ def _generate_images(
         height=height,
         width=width,
         device=device,
+        base=base,
     )
     for path in generate(request):
         typer.echo(str(path))

@@ -8,6 +8,7 @@ from shared.config import Config
 from shared.contract import NullPrompt, Spacing
 from shared.errors import ConfigError
 from shared.schedule import HuberSchedule, PredictionType, TimestepRange, check_objective
+from trainer.adapter_config import AdapterConfig
 from trainer.data_config import DataConfig
 from trainer.optimizer_config import OptimizerConfig
 from trainer.timestep_bias import TimestepBias, timestep_shares
@@ -107,6 +108,13 @@ class LogConfig(Config):
     """Write curves for TensorBoard into RUN/tensorboard (extra: tensorboard)."""
 
 
+class StartConfig(Config):
+    """What is taken of an expert that training starts from (`--start`)."""
+
+    weights: Literal["ema", "raw"] = "ema"
+    """Averaged weights, or the weights themselves."""
+
+
 class ExpertConfig(Config):
     """One expert."""
 
@@ -127,6 +135,11 @@ class ExpertConfig(Config):
     what rounding takes from their steps: 12 bytes a parameter for weight, gradient and moments (extra: lean)."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    trainable: tuple[str, ...] = Field(("full",), min_length=1)
+    """Parameters that are trained: "full", "attention", "cross-attention", "biases", "norms", or patterns of names."""
+    adapter: AdapterConfig | None = None
+    """Train an adapter on a frozen UNet instead of the UNet's own parameters."""
+    start: StartConfig = StartConfig()
     channels_last: bool = False
     """Keep weights and pictures with channels innermost, which convolutions on a GPU prefer."""
     compile: bool = False
@@ -170,6 +183,12 @@ class ExpertConfig(Config):
                 f"timesteps.high {self.timesteps.high} is beyond the {self.schedule.num_timesteps} there are"
             )
         self._check_weights()
+        if self.adapter is not None and self.trainable != ("full",):
+            raise ValueError(
+                "adapter and trainable exclude each other: an adapter's UNet is frozen, set adapter.targets"
+            )
+        if self.adapter is not None and self.precision == "bf16-lean":
+            raise ValueError("an adapter has fp32 weights: precision = 'bf16-mixed' keeps the UNet under it in bf16")
         self._check_optimizer()
         return self
 

@@ -1,4 +1,4 @@
-"""Exponential moving average of the weights, in fp32 beside the model or in the host's memory.
+"""Exponential moving average of the weights that are trained, in fp32 beside the model or in the host's memory.
 
 Beside a model on the GPU, an average on the host takes none of its memory: weights are copied into pinned memory in the
 GPU's own order of work, nobody waiting for it, and a thread averages them while the next step is computed.
@@ -26,8 +26,8 @@ class Ema:
         in_background: bool | None = None,
     ) -> None:
         self.decay, self.updates = decay, updates
-        self._weights = list(model.parameters())
-        self._names = [name for name, _ in model.named_parameters()]
+        trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+        self._names, self._weights = list(trained), list(trained.values())
         self._is_fp32 = all(weight.dtype == torch.float32 for weight in self._weights)
         self._shadow = [weight.detach().clone().to(device or weight.device).float() for weight in self._weights]
         is_elsewhere = any(s.device != w.device for s, w in zip(self._shadow, self._weights, strict=True))
@@ -48,7 +48,7 @@ class Ema:
         self.updates += 1
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The averaged weights by the model's names."""
+        """The averaged weights by the model's names, without those that are frozen."""
         self._settle()
         return dict(zip(self._names, self._shadow, strict=True))
 

@@ -17,7 +17,7 @@ from shared.errors import DataError, Stopped
 from shared.progress import progress, say
 from shared.store import StoreReader
 from trainer.advice import objective_advice
-from trainer.checkpoint import TrainingState, read_tensors, save_checkpoint
+from trainer.checkpoint import TrainingState, save_checkpoint
 from trainer.compiled import compile_blocks, recompiling_is_an_error, warm_up
 from trainer.config import ExpertConfig
 from trainer.data import BatchReader, prefetch
@@ -27,13 +27,15 @@ from trainer.learning_rate import rate_share
 from trainer.loss import DenoisingLoss
 from trainer.loss_bins import LossBins
 from trainer.meter import Meter
+from trainer.model_card import model_card
 from trainer.optim import Optimizer
 from trainer.processes import joined
 from trainer.run import Request, Run, make_order, open_run_together
 from trainer.sampler import own_micro_batches
 from trainer.stopping import stop_requests
 from trainer.trackers import Curves
-from trainer.unet import ConditionedUnet, load_unet, read_unet_config
+from trainer.trained import export_of, kept_weights, load_trained, restore_average, seed_layers
+from trainer.unet import ConditionedUnet
 from trainer.view import describe_view, view_of
 
 
@@ -55,18 +57,13 @@ def train_expert(request: Request) -> int:
             return run.first_step
 
         # What is trained, and what it is trained by.
-        source = run.checkpoint.path if run.checkpoint else request.model
         is_lean = config.precision == "bf16-lean"
-        unet = load_unet(source / "unet", device, torch.bfloat16 if is_lean else torch.float32)
-        unet_config = read_unet_config(request.model / "unet")
-        unet.train().requires_grad_(True)
-        if config.gradient_checkpointing:
-            unet.enable_gradient_checkpointing()
+        unet = load_trained(config, run.start, run.checkpoint, device)
         if config.channels_last:
             unet.to(memory_format=torch.channels_last)
         if config.compile:
             compile_blocks(unet)
-        parameters = list(unet.parameters())
+        parameters = [weight for weight in unet.parameters() if weight.requires_grad]
         optimizer = Optimizer(parameters, config.optimizer, is_lean=is_lean)
         ema_device = torch.device("cpu") if config.ema.device == "cpu" else device
         ema = Ema(unet, config.ema.decay, device=ema_device) if config.ema.decay else None
@@ -74,6 +71,7 @@ def train_expert(request: Request) -> int:
 
         # What it is trained on, and towards what.
         settings, facts = run.manifest.settings, run.card.facts
+        export = export_of(unet, run.start, facts)
         trained = processes.wrap(unet)
         predict, predict_alone = (
             partial(_predict, ConditionedUnet(model, facts.layout, settings.text_widths[1]), config, device)
@@ -126,6 +124,7 @@ def train_expert(request: Request) -> int:
                 step_loss = torch.zeros((), device=device)
                 for micro, t_micro in enumerate(t[processes.index * share :][:share]):
                     batch = meter.wait(batches).to(device)
+                    seed_layers(config.seed, batch.places[0])
                     with processes.averaging(trained, now=micro == share - 1):
                         losses = loss(predict, batch, t_micro)
                         micro_loss = losses.mean() / share
@@ -180,13 +179,13 @@ def train_expert(request: Request) -> int:
                     )
                     moments = optimizer.tensors()
                     with optimizer.averaged():
-                        weights = {"unet": unet.state_dict()} | ({"ema": ema.state_dict()} if ema else {})
                         path = save_checkpoint(
                             run.folder,
                             state,
                             run.card,
-                            unet_config,
-                            weights,
+                            model_card(run.card, config, settings.datasets, done),
+                            export,
+                            kept_weights(unet, facts, ema),
                             moments,
                             config.checkpoint.keep,
                             config.checkpoint.keep_best,
@@ -223,8 +222,7 @@ def _restore(run: Run, optimizer: Optimizer, ema: Ema | None, device: torch.devi
     state = run.checkpoint.state
     optimizer.load(run.checkpoint.optimizer_tensors())
     if ema is not None:
-        ema.load(read_tensors(run.checkpoint.path / "ema" / "diffusion_pytorch_model.safetensors"))
-        ema.updates = state.ema_updates
+        restore_average(ema, run.checkpoint)
     if state.threads != torch.get_num_threads() or state.torch != torch.__version__:
         say("going on with another number of threads or version of torch: not bit for bit what it would have been")
     say(f"{run.folder} goes on after step {state.step}")

@@ -101,12 +101,17 @@ def count_memory(unet: Any, config: ExpertConfig, one_pass: Pass) -> Memory:
     largest = max(p.numel() for p in trained)
     state = sum(state_bytes(parameter, config.optimizer, is_lean) for parameter in trained)
     return Memory(
-        weights=6 * every if is_mixed else sum(p.nbytes for p in unet.parameters()),
+        weights=_mixed_bytes(config, elements, every) if is_mixed else sum(p.nbytes for p in unet.parameters()),
         state=state,
         average=4 * elements if config.ema.decay and config.ema.device == "model" else 0,
         passes=live.peak,
         step=gradients + largest * (30 if is_lean else 0),
     )
+
+
+def _mixed_bytes(config: ExpertConfig, trained: int, every: int) -> int:
+    """Weights in fp32 with the copy in bf16 that autocast makes; what an adapter stands on is in bf16 alone."""
+    return 6 * trained + 2 * (every - trained) if config.adapter else 6 * every
 
 
 def _let_go(parameter: Tensor) -> None:

@@ -21,12 +21,15 @@ from shared.contract import ExpertCard, ExpertFacts, ManifestUse, PairContract
 from shared.errors import CheckpointError, ConfigError, ContractError, ExpertsError, ManifestMismatch, Stopped
 from shared.lease import Lease
 from shared.manifest import Manifest, current_digest, open_manifest
+from shared.model_folder import model_name, read_licence
 from shared.progress import say
 from shared.runlog import RunLog
 from trainer.checkpoint import Checkpoint, open_checkpoint, resumable_checkpoint, set_aside_newer
 from trainer.config import MAY_CHANGE, ExpertConfig, resolve_null_prompt
 from trainer.processes import Processes
 from trainer.sampler import Order, Pool
+from trainer.start import Start, check_start, choose_start, same_start
+from trainer.trained import check_names
 from trainer.unet import choose_layout, read_unet_config, unet_digest
 
 
@@ -41,6 +44,7 @@ class Request:
     output: Path
     device: str = "auto"
     move_to_manifest: str | None = None
+    start: Path | None = None  # another expert whose weights it begins with
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,7 @@ class Run:
     card: ExpertCard
     manifest: Manifest
     checkpoint: Checkpoint | None
+    start: Start
     log: RunLog
     lease: Lease | None  # None in processes that help the one that holds it
 
@@ -84,12 +89,15 @@ def open_run(request: Request) -> Run:
         raise ConfigError(f"{folder} is not empty and no run: name a new folder with --output")
     if is_new:
         manifest = open_manifest(request.store, request.move_to_manifest or request.manifest)
-        card = _new_card(request, manifest)
+        start = choose_start(request.config, request.model, request.start)
+        check_names(request.config, start)
+        card = _new_card(request, manifest, start)
+        check_start(card, start)
         folder.mkdir(parents=True, exist_ok=True)
     lease = Lease(folder / "run.lock", f"run {folder} is being trained", "one process trains a run")
     try:
         if is_new and not (folder / "expert.json").exists():  # another process may have begun it in the meantime
-            return _begin(request, card, manifest, lease)
+            return _begin(request, card, manifest, start, lease)
         return _go_on(request, lease)
     except BaseException:
         lease.release()
@@ -124,7 +132,10 @@ def _join_run(request: Request, told: dict[str, Any]) -> Run:
     manifest = open_manifest(request.store, told["manifest"], told["digest"])
     path = told["checkpoint"] and folder / "checkpoints" / told["checkpoint"]
     checkpoint = open_checkpoint(path) if path else None
-    return Run(folder, request.config, _read_card(folder), manifest, checkpoint, RunLog(Path(os.devnull)), None)
+    card = _read_card(folder)
+    begun = same_start(request.config, request.model, request.start, card.facts.start)
+    start = begun or _own_start(request, card, checkpoint)
+    return Run(folder, request.config, card, manifest, checkpoint, start, RunLog(Path(os.devnull)), None)
 
 
 def _is_foreign(folder: Path) -> bool:
@@ -135,12 +146,12 @@ def _is_foreign(folder: Path) -> bool:
     return bool(names - {"run.lock", "config.toml"})
 
 
-def _begin(request: Request, card: ExpertCard, manifest: Manifest, lease: Lease) -> Run:
+def _begin(request: Request, card: ExpertCard, manifest: Manifest, start: Start, lease: Lease) -> Run:
     write_config(request.output, request.config)
     write_card(request.output, card)
     log = RunLog(request.output / "events.jsonl")
     log.write("begin", name=request.config.name, manifest=manifest.name, digest=manifest.digest, step=0)
-    return Run(request.output, request.config, card, manifest, None, log, lease)
+    return Run(request.output, request.config, card, manifest, None, start, log, lease)
 
 
 def _go_on(request: Request, lease: Lease) -> Run:
@@ -149,8 +160,8 @@ def _go_on(request: Request, lease: Lease) -> Run:
     changes = _changes(old, request.config)
     _refuse_changes(folder, changes)
     card = _read_card(folder)
-    digest = unet_digest(request.model / "unet")
-    if digest != card.facts.start_model_digest:
+    start = same_start(request.config, request.model, request.start, card.facts.start)
+    if start is not None and unet_digest(start.unet) != card.facts.start_model_digest:
         raise ContractError(f"{folder} began from another UNet than {request.model}: name a new folder with --output")
     with ExitStack() as on_error:
         log = on_error.enter_context(closing(RunLog(folder / "events.jsonl")))
@@ -162,6 +173,7 @@ def _go_on(request: Request, lease: Lease) -> Run:
         checkpoint = resumable_checkpoint(folder, pass_over)
         if checkpoint is not None:
             set_aside_newer(checkpoint)
+        start = start or _own_start(request, card, checkpoint)
         step = checkpoint.state.step if checkpoint else 0
         card = _with_manifests(card, tuple(use for use in card.facts.manifests if use.from_step <= step))
         if request.move_to_manifest:
@@ -177,7 +189,15 @@ def _go_on(request: Request, lease: Lease) -> Run:
         write_card(folder, card)
         log.write("resume", step=step, digest=manifest.digest)
         on_error.pop_all()
-    return Run(folder, request.config, card, manifest, checkpoint, log, lease)
+    return Run(folder, request.config, card, manifest, checkpoint, start, log, lease)
+
+
+def _own_start(request: Request, card: ExpertCard, checkpoint: Checkpoint | None) -> Start:
+    """A run with whole weights of its own needs no others any more."""
+    if checkpoint is not None and card.facts.adapter is None:
+        return Start(checkpoint.path / "unet")
+    gone = f"step {card.facts.start.step} of {card.facts.start.name}" if card.facts.start else "what it started from"
+    raise CheckpointError(f"{request.start} no longer holds {gone}, which {request.output} started from and stands on")
 
 
 def make_order(run: Run, pools: Sequence[Pool]) -> Order:
@@ -195,9 +215,9 @@ def write_card(folder: Path, card: ExpertCard) -> None:
     write_atomically(folder / "expert.json", card.model_dump_json(indent=1).encode() + b"\n")
 
 
-def _new_card(request: Request, manifest: Manifest) -> ExpertCard:
+def _new_card(request: Request, manifest: Manifest, start: Start) -> ExpertCard:
     config, known = request.config, manifest.settings
-    unet_config = read_unet_config(request.model / "unet")
+    unet_config = read_unet_config(start.unet)
     facts = ExpertFacts(
         name=config.name,
         low=config.timesteps.low,
@@ -208,7 +228,12 @@ def _new_card(request: Request, manifest: Manifest) -> ExpertCard:
         aesthetic_score=config.loss.aesthetic_score,
         negative_aesthetic_score=config.loss.negative_aesthetic_score,
         precision=config.precision,
-        start_model_digest=unet_digest(request.model / "unet"),
+        start_model_digest=unet_digest(start.unet),
+        base_model=model_name(request.model),
+        base_licence=read_licence(request.model),
+        trainable=config.trainable,
+        adapter=config.adapter.facts() if config.adapter else None,
+        start=start.facts,
         manifests=(ManifestUse(name=manifest.name, digest=manifest.digest, from_step=0, from_epoch=0),),
     )
     return ExpertCard(contract=_contract(config, manifest, facts), facts=facts)
@@ -228,7 +253,11 @@ def _contract(config: ExpertConfig, manifest: Manifest, facts: ExpertFacts) -> P
 
 def _changes(old: ExpertConfig, new: ExpertConfig) -> dict[str, tuple[Any, Any]]:
     before, after = (flatten(config.model_dump(mode="json")) for config in (old, new))
-    return {key: (before.get(key), after[key]) for key in after if before.get(key) != after[key]}
+    keys = [
+        *before,
+        *(key for key in after if key not in before),
+    ]  # a table that may be unset has keys only where it is
+    return {key: (before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)}
 
 
 def _refuse_changes(folder: Path, changes: dict[str, tuple[Any, Any]]) -> None:

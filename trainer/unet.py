@@ -10,6 +10,7 @@ from torch import Tensor
 from shared.conditioning import Layout, PromptEmbeds, layout_embeds, layout_time_ids
 from shared.errors import ContractError, DataError
 from shared.weights import find_weights, read_component_config, weights_digest, weights_variant
+from trainer.adapter import use_adapter
 
 # Settings that change what the same tensors compute, with the defaults of versions that do not write them.
 _SETTINGS = {
@@ -89,6 +90,7 @@ class ConditionedUnet:
     unet: Any
     layout: Layout
     refiner_width: int  # columns of prompt_embeds that are the second text encoder's
+    adapter: str | None = None  # of several on one UNet, the one that is meant
 
     @property
     def dtype(self) -> torch.dtype:
@@ -105,6 +107,8 @@ class ConditionedUnet:
             "text_embeds": text.pooled_prompt_embeds.to(x.dtype),
             "time_ids": layout_time_ids(self.layout, time_ids, aesthetic_score),
         }
+        if self.adapter is not None:
+            use_adapter(self.unet, self.adapter)
         states = layout_embeds(self.layout, text.prompt_embeds, self.refiner_width).to(x.dtype)
         output: Tensor = self.unet(x, t, encoder_hidden_states=states, added_cond_kwargs=added, return_dict=False)[0]
         return output
