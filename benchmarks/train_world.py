@@ -21,7 +21,7 @@ from trainer.config import ExpertConfig
 from trainer.run import Request
 
 DOWNSCALE = 8
-QUIET = ("log.tensorboard=false", "eval.samples=0", "checkpoint.every=1000000", "checkpoint.keep_best=0")
+QUIET = ("log.trackers=[]", "eval.samples=0", "checkpoint.every=1000000", "checkpoint.keep_best=0")
 RECIPE = ("name=bench", "timesteps={low=350, high=1000}", *QUIET)
 
 

@@ -82,6 +82,8 @@ class CheckpointConfig(Config):
 
     every: int = Field(500, ge=1)
     """Optimizer steps between checkpoints; the last step is always saved."""
+    every_minutes: float = Field(60, gt=0)
+    """Minutes after which a run is saved though fewer steps are done."""
     keep: int = Field(3, ge=2)
     """Newest checkpoints that are kept; optimizer state is kept in the last two."""
     keep_best: int = Field(1, ge=0)
@@ -104,8 +106,10 @@ class LogConfig(Config):
 
     every: int = Field(10, ge=1)
     """Optimizer steps between log lines."""
-    tensorboard: bool = True
-    """Write curves for TensorBoard into RUN/tensorboard (extra: tensorboard)."""
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)
+    """Where curves are drawn; each is an extra of its name."""
+    project: str = Field("sdxl-experts", min_length=1, max_length=100)
+    """What W&B and trackio file the run under."""
 
 
 class StartConfig(Config):
@@ -225,13 +229,15 @@ class ExpertConfig(Config):
 MAY_CHANGE = (
     "steps",
     "checkpoint.every",
+    "checkpoint.every_minutes",
     "checkpoint.keep",
     "checkpoint.keep_best",
     "eval.every",
     "eval.share",
     "ema.device",
     "log.every",
-    "log.tensorboard",
+    "log.trackers",
+    "log.project",
     "optimizer.learning_rate",
     "optimizer.muon_rate",
     "optimizer.rate.shape",

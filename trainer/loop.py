@@ -32,6 +32,7 @@ from trainer.optim import Optimizer
 from trainer.processes import joined
 from trainer.run import Request, Run, make_order, open_run_together
 from trainer.sampler import own_micro_batches
+from trainer.saving import SaveTurns, surviving_a_full_disk
 from trainer.stopping import stop_requests
 from trainer.trackers import Curves
 from trainer.trained import export_of, kept_weights, load_trained, restore_average, seed_layers
@@ -102,7 +103,8 @@ def train_expert(request: Request) -> int:
         steps_before = run.first_step - run.manifest_use.from_step
         mine = own_micro_batches(processes.index, share, config.accumulation)
         batches = prefetch(lambda index: reader.read(order[mine(index)]), steps_before * share)
-        curves = Curves(run.folder, run.first_step, enabled=config.log.tensorboard and processes.is_first)
+        trackers = config.log.trackers if processes.is_first else ()
+        curves = Curves(run.folder, run.first_step, trackers, config.log.project, config.model_dump(mode="json"))
         seen = describe_view(run.manifest, pools)
         say(f"{config.name}: timesteps {config.range}, {seen}, {device}, {config.precision}")
         for line in objective_advice(config):
@@ -111,7 +113,7 @@ def train_expert(request: Request) -> int:
 
         held_out = HeldOut(run, store, loss, device) if processes.is_first else None
         bins = LossBins(config.range, device)
-        meter = Meter(config.batch * config.accumulation)
+        meter, save_turns = Meter(config.batch * config.accumulation), SaveTurns(config.checkpoint)
         advance_bar = progress(config.name, config.steps, "steps", run.first_step)
         with closing(batches), closing(curves), recompiling_is_an_error(config.compile), advance_bar as advance:
             if config.compile:
@@ -159,7 +161,7 @@ def train_expert(request: Request) -> int:
                     curves.log(values | {f"loss/{one.name}": one.loss for one in by_t}, done)
                     if int(skipped) > config.optimizer.max_skipped:
                         raise DataError(f"{int(skipped)} steps had gradients that were not finite: giving up at {done}")
-                is_saving = processes.is_first and (done % config.checkpoint.every == 0 or is_last or is_asked)
+                is_saving = processes.is_first and (save_turns.is_turn(done) or is_last or is_asked)
                 score = None
                 if held_out is not None and not is_asked and held_out.is_turn(done, is_saving):
                     with optimizer.averaged():
@@ -178,7 +180,8 @@ def train_expert(request: Request) -> int:
                         torch=torch.__version__,
                     )
                     moments = optimizer.tensors()
-                    with optimizer.averaged():
+                    room = surviving_a_full_disk(run.folder, run.log, done, is_last_chance=is_last or is_asked)
+                    with room, optimizer.averaged():
                         path = save_checkpoint(
                             run.folder,
                             state,
@@ -191,7 +194,7 @@ def train_expert(request: Request) -> int:
                             config.checkpoint.keep_best,
                             score.best if score else None,
                         )
-                    run.log.write("checkpoint", step=done, path=path.name)
+                        run.log.write("checkpoint", step=done, path=path.name)
                 if is_asked and not is_last:
                     run.log.write("stopped", step=done)
                     raise Stopped(f"{run.folder} is saved at step {done} of {config.steps}; the same command goes on")

@@ -25,7 +25,7 @@ from trainer.loop import train_expert
 from trainer.run import Request
 
 BUILD = ("images.resolution=64", "images.step=16", "split.eval_fraction=0.1")
-TRAIN = ("steps=4", "batch=2", "checkpoint.every=2", "log.every=1", "log.tensorboard=false", "ema.decay=0.9")
+TRAIN = ("steps=4", "batch=2", "checkpoint.every=2", "log.every=1", "log.trackers=[]", "ema.decay=0.9")
 OBJECTIVE = (
     "optimizer.learning_rate=1e-3",
     "schedule.prediction_type=v_prediction",

@@ -6,6 +6,7 @@ ENVIRONMENT.
 """
 
 import os
+import resource
 import warnings
 from typing import Any
 
@@ -26,6 +27,8 @@ def _command(name: str) -> Any:
 
 given: dict[str, Any] = globals()
 os.environ.update(given["ENVIRONMENT"])
+if "LIMIT" in given["ENVIRONMENT"]:  # bytes that a file may have: stands in for a full disk
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(given["ENVIRONMENT"]["LIMIT"]), resource.RLIM_INFINITY))
 os.dup2(os.open(given["STDERR"], os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
 os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 warnings.simplefilter("error")
