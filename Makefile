@@ -29,8 +29,10 @@ test-full: .venv/test.done
 bench: .venv/test.done
 	$(BIN)/python -m benchmarks.store_read
 	$(BIN)/python -m benchmarks.store_share
+	$(BIN)/python -m benchmarks.store_size
 	$(BIN)/python -m benchmarks.cache_encode
 	$(BIN)/python -m benchmarks.cache_build --count 20000
+	$(BIN)/python -m benchmarks.train_overhead --cores 0,1
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'

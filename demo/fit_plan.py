@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from trainer.config import OptimizerConfig
+    from trainer.optimizer_config import OptimizerConfig
 
 LAST_RATE = 0.01  # of the learning rate, at the last step
 
@@ -30,7 +30,7 @@ class FitPlan:
 
     def optimizer(self) -> "OptimizerConfig":
         """What `trainer.optim.Optimizer` is told."""
-        from trainer.config import OptimizerConfig
+        from trainer.optimizer_config import OptimizerConfig
 
         muon = {} if self.muon_rate is None else {"name": "muon", "muon_rate": self.muon_rate}
         settings = {"learning_rate": self.learning_rate, "beta2": 0.99, "weight_decay": 0.0, **muon}

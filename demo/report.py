@@ -16,6 +16,7 @@ from demo.prompts import SETS, set_of
 from demo.score import Judged, Score, judge_folder, score, score_sets
 from demo.shapes import OneLineParser
 from shared.atomic import write_atomically
+from shared.runlog import read_events
 
 CLIP = Path("demo/model/clip")
 DRAWERS = {"start": "start model", "pair": "both experts"}
@@ -98,6 +99,7 @@ def _page(out: Path, judged: Mapping[str, list[Judged]], scores: Mapping[str, Ma
         "no data set shows that kind of shape. Left of each two pictures is the start model's, right the experts'; "
         "green frames follow their prompt.</p>",
         _table(scores),
+        _eval_losses(out),
     ]
     pairs = list(zip(judged["start"], judged["pair"], strict=True))
     for name, title in SETS.items():
@@ -116,6 +118,18 @@ def _table(scores: Mapping[str, Mapping[str, Score]]) -> str:
                 label = html.escape(SETS.get(name, name))
                 rows.append(f"<tr><td>{label}</td><td>{title}</td><td>{of.pictures}</td>{cells}</tr>")
     return f"<table><tr>{head}</tr>{''.join(rows)}</table>"
+
+
+def _eval_losses(out: Path) -> str:
+    """What the experts' logs say of held-out pictures, averaged weights; nothing where none was measured."""
+    rows = []
+    for path in sorted((out / "runs").glob("*/events.jsonl")):
+        measured = {e["step"]: e.get("loss_ema", e["loss"]) for e in read_events(path) if e["event"] == "eval"}
+        cells = "".join(f"<td>{loss:.4f} at {step}</td>" for step, loss in measured.items())
+        rows += [f"<tr><td>{html.escape(path.parent.name)}</td><td></td>{cells}</tr>"] if measured else []
+    if not rows:
+        return ""
+    return f"<p>Loss on held-out pictures, each expert on its own timesteps, by step:</p><table>{''.join(rows)}</table>"
 
 
 def _shown(column: str, value: float | None) -> str:

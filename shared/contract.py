@@ -66,6 +66,38 @@ class ManifestUse(_Facts):
     """Epoch at which it began."""
 
 
+class AdapterFacts(_Facts):
+    """What an adapter is, beside its weights; DoRA (Liu et al. 2024) is LoRA with a magnitude for each output."""
+
+    kind: Literal["lora", "dora"]
+    """"lora": W + alpha / rank B A; "dora": that, normed by rows, times a magnitude that is learned."""
+    rank: int
+    """Inner width of the two matrices."""
+    alpha: float
+    """The update is scaled by alpha / rank."""
+    targets: tuple[str, ...]
+    """Presets and patterns of the layers that have one, as configured."""
+
+
+class StartFacts(_Facts):
+    """The expert whose weights another one began with."""
+
+    name: str
+    """What it was called."""
+    low: int
+    """First timestep of its range."""
+    high: int
+    """First timestep beyond its range."""
+    step: int
+    """Optimizer step of its checkpoint."""
+    weights: Literal["unet", "ema"]
+    """Folder of the checkpoint that was taken: raw or averaged."""
+    sha256: str
+    """sha256 of that folder's weights, hex."""
+    adapter: AdapterFacts | None = None
+    """The adapter that it is, if it is one."""
+
+
 class ExpertFacts(_Facts):
     """Recorded, may differ in a pair: who the expert is, and how its inputs are built."""
 
@@ -88,7 +120,17 @@ class ExpertFacts(_Facts):
     precision: str
     """Precision it was trained in."""
     start_model_digest: str
-    """Digest of the UNet weights that training started from, hex."""
+    """Digest of the UNet weights that training started from, hex; of those that an adapter stands on."""
+    base_model: str = ""
+    """Hub id or folder name of the model that --model named."""
+    base_licence: str = ""
+    """Its licence, as its own card says; empty where it does not."""
+    trainable: tuple[str, ...] = ("full",)
+    """Presets and patterns of the parameters that were trained, as configured; an adapter's are its own."""
+    adapter: AdapterFacts | None = None
+    """What unet/ and ema/ hold in place of a whole UNet, if the expert is an adapter."""
+    start: StartFacts | None = None
+    """The expert that training started from, if it was one."""
     manifests: tuple[ManifestUse, ...]
     """Manifests it was trained on, in order."""
 
@@ -109,11 +151,12 @@ class ExpertCard(_Facts):
 def check_pair(cards: Sequence[ExpertCard]) -> None:
     """Require that experts can draw together over all timesteps; raises ContractError naming the field or the gap."""
     for one, other in combinations(cards, 2):
-        _check_same(one, other)
+        check_same(one, other)
     check_partition([card.facts.timesteps for card in cards], cards[0].contract.num_timesteps)
 
 
-def _check_same(one: ExpertCard, other: ExpertCard) -> None:
+def check_same(one: ExpertCard, other: ExpertCard) -> None:
+    """Require equal contracts, over the text towers that both use; raises ContractError naming the field."""
     a, b = one.contract, other.contract
     names = f"experts {one.facts.name!r} and {other.facts.name!r}"
     for field in PairContract.model_fields:

@@ -31,7 +31,16 @@ from pydantic import ValidationError
 
 from shared.atomic import sync_file, sync_folder, write_atomically
 from shared.errors import ConfigError, ManifestMismatch
-from shared.manifest_rows import ManifestRow, ManifestSettings, Split, column_value, read_row, schema_of
+from shared.manifest_rows import (
+    META,
+    ManifestRow,
+    ManifestSettings,
+    MetaValue,
+    Split,
+    column_value,
+    read_row,
+    schema_of,
+)
 
 MANIFEST_FORMAT = 1
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -78,9 +87,38 @@ class Manifest:
             rows.update(np.searchsorted(ends, np.flatnonzero(np.isin(named, wanted)), side="right").tolist())
         return sorted(rows)
 
+    def caption_counts(self) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """How many captions each row has, int64 [rows]."""
+        counts: np.ndarray[Any, np.dtype[np.int64]] = np.diff(self._table.column("texts").offsets.to_numpy())
+        return counts.astype(np.int64)
+
+    def original_sizes(self) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """Size of each row's picture, int64 [rows, 2], (h, w) in pixels."""
+        flat = self._table.column("original_size_hw").flatten().to_numpy()
+        sizes: np.ndarray[Any, np.dtype[np.int64]] = flat.reshape(-1, 2).astype(np.int64)
+        return sizes
+
+    def in_dataset(self, name: str) -> np.ndarray[Any, np.dtype[np.bool_]]:
+        """Whether each row is of data set `name`, bool [rows]."""
+        codes = self._table.column("dataset")
+        known = codes.dictionary.to_pylist()
+        is_in: np.ndarray[Any, np.dtype[np.bool_]] = codes.indices.to_numpy() == (
+            known.index(name) if name in known else -1
+        )
+        return is_in
+
+    def meta(self, name: str) -> list[MetaValue | None]:
+        """What travelled along in column meta_NAME, row by row; None where a row has nothing."""
+        values: list[Any] = self._table.column(META + name).to_pylist()
+        return [tuple(value) if isinstance(value, list) else value for value in values]
+
     def image_digests(self) -> list[bytes]:
         """Digest of each row's picture."""
         return list(self._table.column("image_digest").to_pylist())
+
+    def sample_ids(self, indices: Sequence[int]) -> list[bytes]:
+        """Ids of the rows at `indices`, in that order."""
+        return list(self._table.column("sample_id").take(pa.array(indices, pa.int64())).to_pylist())
 
     def __len__(self) -> int:
         return int(self._table.num_rows)

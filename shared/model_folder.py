@@ -3,10 +3,13 @@
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from shared.command import one_line
 from shared.errors import DataError
+from shared.weights import read_json_object
 
 COMPONENTS = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "unet", "scheduler")
 _TEXT_SUFFIXES = (".json", ".txt")
+_MOST_README, _LONGEST = 100_000, 300  # characters that are read of a card, and kept of what it says
 
 
 def resolve_model(model: str, components: Sequence[str] = COMPONENTS) -> Path:
@@ -24,6 +27,46 @@ def resolve_model(model: str, components: Sequence[str] = COMPONENTS) -> Path:
     return _fetch(model, components)
 
 
+def model_name(folder: Path) -> str:
+    """What to call a resolved model: the Hub id that it was fetched by, else the name of its folder."""
+    repository = folder.parent.parent.name
+    if folder.parent.name == "snapshots" and repository.startswith("models--"):
+        return "/".join(repository.split("--")[1:])
+    return folder.resolve().name
+
+
+def read_licence(folder: Path) -> str:
+    """A model's licence as its README's front matter (or model_index.json) names it, with its name and link if "other".
+
+    Empty where neither says: what a file of somebody else's does not say is not guessed.
+    """
+    said = _front_matter(folder / "README.md")
+    licence = said.get("license") or _index_licence(folder / "model_index.json")
+    more = ", ".join(said[key] for key in ("license_name", "license_link") if said.get(key))
+    return f"{licence}: {more}" if licence and more else licence
+
+
+def _front_matter(readme: Path) -> dict[str, str]:
+    """Plain `key: value` lines between the first two lines of dashes; anything nested is left out."""
+    try:
+        with readme.open(encoding="utf-8") as file:
+            lines = file.read(_MOST_README).splitlines()
+    except (OSError, ValueError):
+        return {}
+    if not lines or lines[0].strip() != "---" or "---" not in (ends := [line.strip() for line in lines[1:]]):
+        return {}
+    pairs = (line.partition(":") for line in lines[1 : 1 + ends.index("---")] if not line.startswith((" ", "#", "-")))
+    return {key.strip(): one_line(value.strip().strip("'\""))[:_LONGEST] for key, colon, value in pairs if colon}
+
+
+def _index_licence(path: Path) -> str:
+    try:
+        licence = read_json_object(path).get("license", "")
+    except DataError:
+        return ""
+    return one_line(licence)[:_LONGEST] if isinstance(licence, str) else ""
+
+
 def _fetch(repository: str, components: Sequence[str]) -> Path:
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
@@ -34,7 +77,7 @@ def _fetch(repository: str, components: Sequence[str]) -> Path:
             wanted = sorted(_choose(files, components))
         except OfflineModeIsEnabled:
             wanted = [f"{part}/*{suffix}" for part in components for suffix in (".safetensors", *_TEXT_SUFFIXES)]
-        return Path(snapshot_download(repository, allow_patterns=["model_index.json", *wanted]))
+        return Path(snapshot_download(repository, allow_patterns=["model_index.json", "README.md", *wanted]))
     except (OfflineModeIsEnabled, LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise DataError(f"no model folder {repository}, and the Hub did not give it: {reason}") from None

@@ -1,10 +1,13 @@
 """events.jsonl: what happened in a run, one JSON object a line, append-only, readable while it grows."""
 
+import contextlib
 import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from shared.progress import say
 
 
 class RunLog:
@@ -13,6 +16,7 @@ class RunLog:
     def __init__(self, path: Path) -> None:
         needs_newline = path.exists() and not path.read_bytes().endswith(b"\n") and path.stat().st_size > 0
         # A file name that is not UTF-8 holds lone surrogates; written as \udcff they are JSON again.
+        self._has_failed = False
         self._file = path.open("a", encoding="utf-8", errors="backslashreplace")
         if needs_newline:  # a line torn by a kill must not swallow the first one of this process
             self._file.write("\n")
@@ -20,12 +24,19 @@ class RunLog:
     def write(self, event: str, **fields: Any) -> None:
         """Append {"time_s", "event", **fields}; numbers that are not finite become null."""
         line = {"time_s": round(time.time(), 3), "event": event, **fields}
-        self._file.write(json.dumps(_finite(line), ensure_ascii=False, separators=(",", ":"), allow_nan=False) + "\n")
-        self._file.flush()
+        text = json.dumps(_finite(line), ensure_ascii=False, separators=(",", ":"), allow_nan=False) + "\n"
+        try:
+            self._file.write(text)
+            self._file.flush()  # what a full disk does not take stays in the buffer, for the next event to try again
+        except OSError as error:
+            if not self._has_failed:
+                say(f"WARNING: events are not written just now: {error}")
+            self._has_failed = True
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        with contextlib.suppress(OSError):
+            self._file.close()
 
 
 def read_events(path: Path) -> Iterator[dict[str, Any]]:

@@ -8,6 +8,7 @@ Symbols are those of Ho et al. 2020 (DDPM, arXiv:2006.11239) and Salimans & Ho 2
 Timesteps are integers in [0, T), 0 = clean. Tables are made in fp64 on the CPU and used in fp32 wherever t lives.
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
@@ -18,6 +19,7 @@ from torch import Tensor
 from shared.errors import ConfigError, ContractError
 
 PredictionType = Literal["epsilon", "v_prediction", "sample"]
+HuberSchedule = Literal["constant", "exponential", "snr"]
 
 STRATUM_BITS = (
     31  # a uniform draw u is the integer u * 2**31: floor(n (i + u) / N) is then exact, and below n for any u
@@ -80,6 +82,36 @@ def stratify(within: TimestepRange, draws: Tensor) -> Tensor:
     return within.low + (len(within) * ((strata << STRATUM_BITS) + draws)) // (count << STRATUM_BITS)
 
 
+def cumulate(shares: Tensor) -> Tensor:
+    """Sums of the shares of all draws in units of 2**-STRATUM_BITS, int64 [n], the last exactly 2**STRATUM_BITS.
+
+    `shares` are fp64 [n] of sum 1 on the CPU. A timestep whose sum is that of the one before is never drawn.
+    """
+    sums = (shares.cumsum(0) / shares.sum() * (1 << STRATUM_BITS)).round().long()
+    drawn = torch.nonzero(shares)[-1]  # rounding must not give the tail of the range what its shares do not
+    sums[drawn:] = 1 << STRATUM_BITS
+    return sums
+
+
+def sample_biased_timesteps(within: TimestepRange, sums: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Like sample_timesteps, with the shares that `sums` (of cumulate, on the generator's device) were made of.
+
+    Inverse CDF: strata are equal in probability, so timestep t is drawn floor or ceil of count * share times, but for
+    strata that reach over an edge of it.
+    """
+    device = generator.device
+    draws = torch.randint(0, 1 << STRATUM_BITS, (count,), generator=generator, device=device)
+    order = torch.randperm(count, generator=generator, device=device)
+    return invert(within, sums, draws)[order]
+
+
+def invert(within: TimestepRange, sums: Tensor, draws: Tensor) -> Tensor:
+    """The timestep at (i + u_i) / N of the summed shares, in exact integers; `draws` as stratify takes them."""
+    strata = torch.arange(len(draws), device=draws.device)
+    reached = ((strata << STRATUM_BITS) + draws) // len(draws)  # in [0, 2**STRATUM_BITS)
+    return within.low + torch.searchsorted(sums, reached, right=True)
+
+
 def scaled_linear_betas(num_timesteps: int, beta_start: float, beta_end: float) -> Tensor:
     """Betas whose square roots are evenly spaced (Stable Diffusion's), fp64 [T]."""
     return torch.linspace(beta_start**0.5, beta_end**0.5, num_timesteps, dtype=torch.float64) ** 2
@@ -110,6 +142,7 @@ class NoiseSchedule:
         abar = torch.cumprod(1 - betas.double(), dim=0)
         self.abar = rescale_zero_terminal_snr(abar) if zero_terminal_snr else abar  # fp64 [T], CPU
         self.zero_terminal_snr = zero_terminal_snr
+        self.device = torch.device(device)
         self._alpha = self.abar.sqrt().float().to(device)
         self._sigma = (1 - self.abar).sqrt().float().to(device)
         self._snr = (self.abar / (1 - self.abar)).float().to(device)
@@ -154,6 +187,18 @@ class NoiseSchedule:
         if prediction_type == "v_prediction":
             return clipped / (snr + 1)
         return clipped
+
+    def huber_c(self, kind: HuberSchedule, c: float, t: Tensor) -> Tensor:
+        """Where the pseudo-Huber loss turns from a square into a line at t, fp32 [B] (Khrapov et al. 2024).
+
+        "exponential" is c^(t / T) (arXiv:2403.16728), "snr" (1 - c) (alpha / (alpha + sigma))^2 + c, as
+        trainers in use have it: both fall from 1 at no noise to c at full noise.
+        """
+        if kind == "constant":
+            return torch.full(t.shape, c, device=t.device)
+        if kind == "exponential":
+            return torch.exp(math.log(c) / len(self) * t)
+        return (1 - c) * (self.alpha(t) / (self.alpha(t) + self.sigma(t))).square() + c
 
 
 def check_objective(prediction_type: PredictionType, zero_terminal_snr: bool) -> None:

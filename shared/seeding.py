@@ -27,3 +27,8 @@ def make_permutation(seed: int, *labels: str | int | bytes, length: int) -> np.n
     """A permutation of range(length), int64, for one purpose at one place."""
     bits = np.random.Philox(key=derive_seed(seed, *labels))
     return np.random.Generator(bits).permutation(length)
+
+
+def make_uniform(seed: int, *labels: str | int | bytes, length: int) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """`length` numbers in [0, 1), float64, for one purpose at one place."""
+    return np.random.Generator(np.random.Philox(key=derive_seed(seed, *labels))).random(length)

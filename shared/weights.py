@@ -34,6 +34,11 @@ def find_weights(folder: Path) -> list[Path]:
     raise DataError(_no_weights(folder))
 
 
+def weight_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes of a component's tensors by name, read off the headers alone; raises DataError where they are damaged."""
+    return {name: tuple(entry["shape"]) for file in find_weights(folder) for name, entry, _ in _read_header(file)}
+
+
 def weights_variant(folder: Path) -> str | None:
     """The variant ("fp16") under which a folder holds its weights where it holds no plain ones."""
     middle = find_weights(folder)[0].name.removesuffix(".safetensors").split(".")[1:]

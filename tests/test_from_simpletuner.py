@@ -2,7 +2,7 @@
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from pydantic import BaseModel
@@ -20,7 +20,8 @@ def has_field(model: Any, key: str) -> bool:
     for part in key.split("."):
         if not (isinstance(model, type) and issubclass(model, BaseModel) and part in model.model_fields):
             return False
-        model = model.model_fields[part].annotation
+        annotation = model.model_fields[part].annotation
+        model = next((own for own in get_args(annotation) if own is not type(None)), annotation)  # a table may be unset
     return True
 
 

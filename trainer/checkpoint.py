@@ -1,12 +1,13 @@
 """An expert on disk: written beside, synced, renamed; every file hashed; no pickle.
 
 RUN/checkpoints/step-00001000/
-    unet/, ema/              diffusers folders (ema/ only where an average is kept)
+    README.md                the model card
+    unet/, ema/              diffusers folders of a whole UNet, or of an adapter (ema/ only where an average is kept)
     optimizer.safetensors    the optimizer's state, in the newest two checkpoints
     state.json               step and counters
     expert.json              PairContract and ExpertFacts
     checksums.json           size and sha256 of each of these files
-RUN/checkpoints/latest.json  the newest, replaced last
+RUN/checkpoints/latest.json  the newest, replaced last; best.json beside it: trainer/rotation.py
 """
 
 import hashlib
@@ -24,10 +25,21 @@ from torch import Tensor
 from shared.atomic import sync_file, sync_folder, write_atomically
 from shared.contract import ExpertCard
 from shared.errors import CheckpointError, StoreIO
+from shared.progress import say
+from trainer.adapter import ADAPTER_FILE
+from trainer.rotation import (
+    BEST_FILE,
+    OPTIMIZER_FILE,
+    best_checkpoints,
+    checkpoint_name,
+    list_checkpoints,
+    point_to_best,
+    rotate,
+    write_score,
+)
 
 CHECKPOINT_FORMAT = 1
-WITH_OPTIMIZER = 2  # newest checkpoints that keep the optimizer's state
-OPTIMIZER_FILE = "optimizer.safetensors"
+UNET_FILE = "diffusion_pytorch_model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -40,6 +52,15 @@ class TrainingState:
     skipped: int  # optimizer steps skipped because gradients were not finite
     threads: int  # sums are taken in another order with another number
     torch: str
+
+
+@dataclass(frozen=True)
+class Export:
+    """The form in which weights stand in unet/ and ema/: what diffusers loads."""
+
+    file: str  # name of the safetensors file
+    metadata: Mapping[str, str]  # in its header
+    config: Mapping[str, Any] | None  # of config.json beside it; an adapter has none
 
 
 @dataclass(frozen=True)
@@ -58,42 +79,53 @@ class Checkpoint:
         """The folder of the weights to draw with: averaged where they are kept."""
         return self.path / ("ema" if (self.path / "ema").is_dir() else "unet")
 
+    def weights(self, folder: str) -> dict[str, Tensor]:
+        """The tensors in unet/ or ema/."""
+        return read_tensors(self.path / folder / (ADAPTER_FILE if self.card.facts.adapter else UNET_FILE))
+
 
 def save_checkpoint(
     run: Path,
     state: TrainingState,
     card: ExpertCard,
-    unet_config: Mapping[str, Any],
+    readme: str,
+    export: Export,
     weights: Mapping[str, Mapping[str, Tensor]],
     optimizer: Mapping[str, Tensor],
     keep: int,
+    keep_best: int = 0,
+    score: float | None = None,
 ) -> Path:
     """Save and return checkpoints/step-N; `weights` are named tensors by folder ("unet", "ema").
 
-    A checkpoint is whole under its name or not there; the previous ones are touched only after it is.
+    `score` is its eval loss, where it was measured. A checkpoint is whole under its name or not there; the previous
+    ones are touched only after it is.
     """
     parent = run / "checkpoints"
     parent.mkdir(exist_ok=True)
     _remove_leftovers(parent)
-    temporary, final = parent / f".saving-{state.step}", parent / f"step-{state.step:08d}"
+    temporary, final = parent / f".saving-{state.step}", parent / checkpoint_name(state.step)
     temporary.mkdir()
     for folder, tensors in weights.items():
         (temporary / folder).mkdir()
-        _write_json(temporary / folder / "config.json", dict(unet_config))
-        _write_tensors(temporary / folder / "diffusion_pytorch_model.safetensors", tensors)
+        if export.config is not None:
+            _write_json(temporary / folder / "config.json", dict(export.config))
+        _write_tensors(temporary / folder / export.file, tensors, export.metadata)
     _write_tensors(temporary / OPTIMIZER_FILE, optimizer)
     _write_json(temporary / "state.json", {"format": CHECKPOINT_FORMAT, **state.__dict__})
     _write_json(temporary / "expert.json", card.model_dump(mode="json"))
+    _write_text(temporary / "README.md", readme)
     _write_json(temporary / "checksums.json", {str(p.relative_to(temporary)): _sum(p) for p in _files(temporary)})
     for folder_path in (*(temporary / folder for folder in weights), temporary):
         sync_folder(folder_path)
     if final.exists():  # left by a run that was rewound to an older step because this one did not verify
         shutil.rmtree(final)
+    write_score(run, state.step, score)
     os.rename(temporary, final)
     sync_folder(parent)
     latest = {"step": state.step, "path": final.name}
     write_atomically(parent / "latest.json", json.dumps(latest).encode() + b"\n")
-    _rotate(parent, keep)
+    rotate(run, keep, keep_best)
     return final
 
 
@@ -108,17 +140,13 @@ def open_checkpoint(path: Path) -> Checkpoint:
         if state.pop("format") != CHECKPOINT_FORMAT:
             raise CheckpointError(f"{path} is of a checkpoint format that this program does not read: update it")
         card = ExpertCard.model_validate_json((path / "expert.json").read_text())
-        for needed in ("state.json", "expert.json", "unet/diffusion_pytorch_model.safetensors", "unet/config.json"):
+        whole, adapter = (f"unet/{UNET_FILE}", "unet/config.json"), (f"unet/{ADAPTER_FILE}",)
+        for needed in ("state.json", "expert.json", *(adapter if card.facts.adapter else whole)):
             if needed not in sums:
                 raise CheckpointError(f"{path} has no checksum of {needed}")
         return Checkpoint(path, card, TrainingState(**state))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ValidationError) as error:
         raise CheckpointError(f"checkpoint {path} is damaged or incomplete: {str(error).splitlines()[0]}") from None
-
-
-def list_checkpoints(run: Path) -> list[Path]:
-    """Checkpoints of a run by name, newest first; not verified."""
-    return sorted((run / "checkpoints").glob("step-*"), reverse=True)
 
 
 def newest_checkpoint(run: Path, on_bad: Callable[[str], None]) -> Checkpoint | None:
@@ -135,6 +163,35 @@ def newest_checkpoint(run: Path, on_bad: Callable[[str], None]) -> Checkpoint | 
     if paths:
         raise CheckpointError(f"no checkpoint of {run} verifies; start again with a new --output")
     return None
+
+
+def best_checkpoint(run: Path, on_bad: Callable[[str], None]) -> Checkpoint:
+    """The one of the lowest eval loss that verifies; each better one that does not is told to `on_bad`.
+
+    Raises CheckpointError where no checkpoint with an eval loss verifies.
+    """
+    for path in best_checkpoints(run):
+        try:
+            return open_checkpoint(path)
+        except CheckpointError as error:
+            on_bad(str(error))
+    raise CheckpointError(
+        f"no checkpoint of {run} has an eval loss and verifies; {run} itself stands for its newest one"
+    )
+
+
+def open_expert(path: Path) -> Checkpoint:
+    """The newest checkpoint of a run folder, its best (RUN/checkpoints/best.json), or the one at `path`; verified."""
+    if (path / "checksums.json").exists():
+        return open_checkpoint(path)
+    if path.name == BEST_FILE:
+        return best_checkpoint(path.parent.parent, lambda why: say(f"passed over: {why}"))
+    if not path.is_dir():
+        raise CheckpointError(f"no run folder {path}")
+    checkpoint = newest_checkpoint(path, lambda why: say(f"passed over: {why}"))
+    if checkpoint is None:
+        raise CheckpointError(f"{path} holds no checkpoint yet: train it first (train-expert --output {path})")
+    return checkpoint
 
 
 def resumable_checkpoint(run: Path, on_bad: Callable[[str], None]) -> Checkpoint | None:
@@ -155,6 +212,7 @@ def set_aside_newer(checkpoint: Checkpoint) -> None:
             aside = path.with_name(f"damaged-{path.name}")
             shutil.rmtree(aside, ignore_errors=True)
             os.rename(path, aside)
+    point_to_best(checkpoint.path.parent.parent)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -169,35 +227,27 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path} cannot be read: {error}") from None
 
 
-def _rotate(parent: Path, keep: int) -> None:
-    paths = list_checkpoints(parent.parent)
-    for path in (*paths[keep:], *parent.glob("damaged-*")):
-        gone = parent / f".removing-{path.name}"
-        os.rename(path, gone)  # so that nobody meets a half-removed checkpoint under its name
-        shutil.rmtree(gone)
-    for path in paths[WITH_OPTIMIZER:keep]:
-        sums = json.loads((path / "checksums.json").read_text())
-        if sums.pop(OPTIMIZER_FILE, None) is not None:
-            write_atomically(path / "checksums.json", json.dumps(sums, indent=1).encode())
-            (path / OPTIMIZER_FILE).unlink(missing_ok=True)
-
-
 def _remove_leftovers(parent: Path) -> None:
     for left in (*parent.glob(".saving-*"), *parent.glob(".removing-*")):
         shutil.rmtree(left)
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    _write_text(path, json.dumps(content, indent=1, sort_keys=True) + "\n")
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
     sync_file(path)
 
 
-def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def _write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     try:
-        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path, {"format": "pt"})
+        plain = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+        save_file(plain, path, {"format": "pt", **(metadata or {})})
     except SafetensorError as error:  # how safetensors reports a full disk
         raise StoreIO(f"{path} cannot be written: {error}; the checkpoints before it are whole") from None
     os.chmod(path, 0o666 & ~_umask())  # safetensors makes it readable to its owner alone, whatever the umask says

@@ -1,11 +1,14 @@
 """Doors of this tower: parse, load, call one function, one line on an error. Nothing heavy is imported for --help."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from shared.command import not_yet, run_command, yield_idle_threads
+
+if TYPE_CHECKING:
+    from trainer.run import Request
 
 Configs = Annotated[list[Path] | None, typer.Option("--config", help="TOML file; several are layered, later ones win.")]
 Sets = Annotated[list[str] | None, typer.Option("--set", help="One setting, e.g. optimizer.learning_rate=1e-6.")]
@@ -14,12 +17,24 @@ Name = Annotated[str, typer.Option("--manifest", help="Manifest to begin on; a r
 Model = Annotated[str, typer.Option("--model", help="SDXL-layout model: a diffusers folder or a Hub id.")]
 Output = Annotated[Path, typer.Option("--output", help="Run folder; the same command goes on with what is in it.")]
 Device = Annotated[str, typer.Option(help="auto, cuda, mps or cpu.")]
+Start = Annotated[
+    Path | None, typer.Option(help="Run folder or checkpoint of an expert whose weights training starts from.")
+]
 Move = Annotated[str | None, typer.Option(help="Go on with the newest manifest of this name, in a new epoch.")]
 
-Experts = Annotated[list[Path], typer.Option("--expert", help="Run folder or checkpoint of an expert; give both.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what it would do and how long; write nothing.")]
+Timing = Annotated[bool, typer.Option(help="With --dry-run: take a few steps to time them.")]
+Json = Annotated[bool, typer.Option("--json", help="With --dry-run: one JSON object.")]
+
+Experts = Annotated[
+    list[Path], typer.Option("--expert", help="Run folder, checkpoint or best.json of an expert; give both.")
+]
 Prompts = Annotated[list[str] | None, typer.Option("--prompt", help="What to draw; may be given again.")]
 PromptFile = Annotated[Path | None, typer.Option("--prompts", help="Text file with a prompt on each line.")]
 Out = Annotated[Path, typer.Option("--out", help="Folder for the pictures.")]
+Base = Annotated[
+    Path | None, typer.Option(help="Run folder or checkpoint that adapter experts stand on, if it is not --model.")
+]
 Steps = Annotated[int, typer.Option(min=1, max=1000, help="Steps of the scheduler.")]
 Guidance = Annotated[float, typer.Option(min=0, help="Weight of the prompt; 1 or less draws without guidance.")]
 Rescale = Annotated[float | None, typer.Option(min=0, max=1, help="0.7 with zero-terminal SNR, 0 without.")]
@@ -39,6 +54,10 @@ def _train_expert(
     sets: Sets = None,
     device: Device = "auto",
     move_to_manifest: Move = None,
+    start: Start = None,
+    dry_run: DryRun = False,
+    timing: Timing = True,
+    json: Json = False,
 ) -> None:
     """Train one expert from a store; run it twice at once, with base.toml and with refiner.toml."""
     from shared.config import load_config
@@ -47,11 +66,27 @@ def _train_expert(
 
     settings = load_config(ExpertConfig, config or [], sets or [])
     model_folder = resolve_model(model, ("unet",))
-    from trainer.loop import train_expert as train
     from trainer.run import Request
 
-    steps = train(Request(settings, store, manifest, model_folder, output, device, move_to_manifest))
+    request = Request(settings, store, manifest, model_folder, output, device, move_to_manifest, start)
+    if dry_run:
+        _rehearse(request, timing, json)
+        return
+    from trainer.loop import train_expert as train
+
+    steps = train(request)
     typer.echo(f"expert {settings.name} is trained: {steps} steps, in {output}")
+
+
+def _rehearse(request: "Request", timing: bool, as_json: bool) -> None:
+    from json import dumps
+
+    from trainer.rehearsal import rehearse, require_room
+
+    report = rehearse(request, with_timing=timing)
+    for line in [dumps(report.as_json())] if as_json else report.lines():
+        typer.echo(line)
+    require_room(report, request.output)
 
 
 def _generate_images(
@@ -70,15 +105,17 @@ def _generate_images(
     width: Size = None,
     height: Size = None,
     device: Device = "auto",
+    base: Base = None,
 ) -> None:
     """Draw with a pair of experts: each step is made by the expert whose range its timestep lies in."""
     from shared.model_folder import resolve_model
+    from trainer.drawn import needed_components
     from trainer.ensemble import DrawSettings
     from trainer.generate import GenerateRequest, generate, read_prompts
 
     request = GenerateRequest(
         experts=expert,
-        model=resolve_model(model, ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")),
+        model=resolve_model(model, needed_components(expert)),
         prompts=read_prompts(prompt or [], prompts),
         out=out,
         settings=DrawSettings(steps, guidance, guidance_rescale, scheduler),
@@ -88,6 +125,7 @@ def _generate_images(
         height=height,
         width=width,
         device=device,
+        base=base,
     )
     for path in generate(request):
         typer.echo(str(path))

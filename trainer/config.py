@@ -7,7 +7,11 @@ from pydantic import Field, field_validator, model_validator
 from shared.config import Config
 from shared.contract import NullPrompt, Spacing
 from shared.errors import ConfigError
-from shared.schedule import PredictionType, TimestepRange, check_objective
+from shared.schedule import HuberSchedule, PredictionType, TimestepRange, check_objective
+from trainer.adapter_config import AdapterConfig
+from trainer.data_config import DataConfig
+from trainer.optimizer_config import OptimizerConfig
+from trainer.timestep_bias import TimestepBias, timestep_shares
 
 
 class RangeConfig(Config):
@@ -41,8 +45,19 @@ class ScheduleConfig(Config):
 class LossConfig(Config):
     """The training objective."""
 
+    type: Literal["mse", "huber"] = "mse"
+    """Squared error, or pseudo-Huber, which counts errors above huber_c in proportion alone."""
+    huber_c: float = Field(0.1, gt=0)
+    """Error at which "huber" turns from a square into a line, at full noise; in units of what is predicted."""
+    huber_schedule: HuberSchedule = "snr"
+    """How that runs from 1 at no noise to huber_c at full noise; "constant" is huber_c everywhere."""
     min_snr_gamma: float | None = Field(None, gt=0)
     """Clip the weight of low-noise timesteps (min-SNR); unset: every timestep weighs the same."""
+    offset_noise: float = Field(0.0, ge=0, le=1)
+    """Deviation of noise that is the same all over a channel, added to the noise; learned as part of it."""
+    input_perturbation: float = Field(0.0, ge=0, le=1)
+    """Deviation of noise that is added to what the UNet is shown and not to what it is asked for."""
+    timestep_bias: TimestepBias = TimestepBias()
     caption_dropout: float = Field(0.1, ge=0, le=1)
     """Share of samples trained without their caption, for classifier-free guidance."""
     null_prompt: Literal["auto", "zeros", "encoded"] = "auto"
@@ -53,34 +68,13 @@ class LossConfig(Config):
     """Score of the null prompt at inference (stock refiner layout only)."""
 
 
-class OptimizerConfig(Config):
-    """AdamW (Loshchilov & Hutter 2019), alone or beside Muon (Jordan et al. 2024)."""
-
-    name: Literal["adamw", "muon"] = "adamw"
-    """"muon" takes matrices and convolutions from AdamW: fewer steps from random weights, untried in fine-tuning."""
-    learning_rate: float = Field(1e-5, gt=0)
-    """Step size of AdamW; may change when a run goes on."""
-    muon_rate: float = Field(0.02, gt=0)
-    """Step size of Muon, relative to weights of norm one; may change when a run goes on."""
-    beta1: float = Field(0.9, ge=0, lt=1)
-    """Decay of the first moment."""
-    beta2: float = Field(0.999, ge=0, lt=1)
-    """Decay of the second moment."""
-    eps: float = Field(1e-8, gt=0)
-    """Added to the root of the second moment."""
-    weight_decay: float = Field(1e-2, ge=0)
-    """Decoupled decay of the weights."""
-    clip_norm: float = Field(1.0, ge=0)
-    """Largest norm of all gradients together; 0 does not clip."""
-    max_skipped: int = Field(100, ge=0)
-    """Give up after this many steps skipped for gradients that were not finite."""
-
-
 class EmaConfig(Config):
     """Exponential moving average of the weights, fp32."""
 
     decay: float = Field(0.999, ge=0, lt=1)
     """Decay per optimizer step once warmed up; 0 keeps no average."""
+    device: Literal["model", "cpu"] = "model"
+    """Where it is kept: beside the model, or on the host, where it takes none of a GPU's memory."""
 
 
 class CheckpointConfig(Config):
@@ -88,8 +82,23 @@ class CheckpointConfig(Config):
 
     every: int = Field(500, ge=1)
     """Optimizer steps between checkpoints; the last step is always saved."""
+    every_minutes: float = Field(60, gt=0)
+    """Minutes after which a run is saved though fewer steps are done."""
     keep: int = Field(3, ge=2)
     """Newest checkpoints that are kept; optimizer state is kept in the last two."""
+    keep_best: int = Field(1, ge=0)
+    """Checkpoints of the lowest eval loss that are kept besides."""
+
+
+class EvalConfig(Config):
+    """The loss on held-out samples, measured the same way every time."""
+
+    every: int = Field(500, ge=1)
+    """Optimizer steps between evaluations; each checkpoint is evaluated besides."""
+    samples: int = Field(256, ge=0, le=256)
+    """Draws of a sample, a timestep and noise each time; of fewer samples some are drawn again. 0 never evaluates."""
+    share: float = Field(0.02, gt=0, le=1)
+    """Largest share of the run's time; an evaluation that would take more is left out. 1 sets no limit."""
 
 
 class LogConfig(Config):
@@ -97,8 +106,17 @@ class LogConfig(Config):
 
     every: int = Field(10, ge=1)
     """Optimizer steps between log lines."""
-    tensorboard: bool = True
-    """Write curves for TensorBoard into RUN/tensorboard (extra: tensorboard)."""
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)
+    """Where curves are drawn; each is an extra of its name."""
+    project: str = Field("sdxl-experts", min_length=1, max_length=100)
+    """What W&B and trackio file the run under."""
+
+
+class StartConfig(Config):
+    """What is taken of an expert that training starts from (`--start`)."""
+
+    weights: Literal["ema", "raw"] = "ema"
+    """Averaged weights, or the weights themselves."""
 
 
 class ExpertConfig(Config):
@@ -113,19 +131,41 @@ class ExpertConfig(Config):
     batch: int = Field(1, ge=1)
     """Samples in a micro-batch, all of one bucket."""
     accumulation: int = Field(1, ge=1)
-    """Micro-batches in an optimizer step."""
+    """Micro-batches in an optimizer step, of all processes together: on one GPU or four, it is the same run."""
     seed: int = 0
     """Seed of order, timesteps, noise and dropout."""
-    precision: Literal["fp32", "bf16-mixed"] = "fp32"
-    """"bf16-mixed" keeps fp32 weights and computes under autocast."""
+    precision: Literal["fp32", "bf16-mixed", "bf16-lean"] = "fp32"
+    """"bf16-mixed" keeps fp32 weights and computes under autocast; "bf16-lean" keeps bf16 weights and, for AdamW,
+    what rounding takes from their steps: 12 bytes a parameter for weight, gradient and moments (extra: lean)."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    trainable: tuple[str, ...] = Field(("full",), min_length=1)
+    """Parameters that are trained: "full", "attention", "cross-attention", "biases", "norms", or patterns of names."""
+    adapter: AdapterConfig | None = None
+    """Train an adapter on a frozen UNet instead of the UNet's own parameters."""
+    start: StartConfig = StartConfig()
+    channels_last: bool = False
+    """Keep weights and pictures with channels innermost, which convolutions on a GPU prefer."""
+    compile: bool = False
+    """Compile the UNet's repeated blocks, for every bucket before the first step (torch.compile)."""
     schedule: ScheduleConfig = ScheduleConfig()
     loss: LossConfig = LossConfig()
+    data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     ema: EmaConfig = EmaConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    eval: EvalConfig = EvalConfig()
     log: LogConfig = LogConfig()
+
+    @field_validator("precision", mode="before")
+    @classmethod
+    def _no_plain_bf16(cls, precision: object) -> object:
+        if precision in ("bf16", "bfloat16", "fp16"):
+            raise ValueError(
+                f"weights of {precision} alone do not move at the learning rates of fine-tuning: a step is far below "
+                "the distance to their neighbours. Use 'bf16-lean', which keeps what rounding takes, or 'bf16-mixed'"
+            )
+        return precision
 
     @field_validator("schedule")
     @classmethod
@@ -146,7 +186,38 @@ class ExpertConfig(Config):
             raise ValueError(
                 f"timesteps.high {self.timesteps.high} is beyond the {self.schedule.num_timesteps} there are"
             )
+        self._check_weights()
+        if self.adapter is not None and self.trainable != ("full",):
+            raise ValueError(
+                "adapter and trainable exclude each other: an adapter's UNet is frozen, set adapter.targets"
+            )
+        if self.adapter is not None and self.precision == "bf16-lean":
+            raise ValueError("an adapter has fp32 weights: precision = 'bf16-mixed' keeps the UNet under it in bf16")
+        self._check_optimizer()
         return self
+
+    def _check_optimizer(self) -> None:
+        if self.precision == "bf16-lean" and self.optimizer.name != "adamw":
+            raise ValueError(
+                f"precision = 'bf16-lean' is a way of AdamW: {self.optimizer.name!r} would lose its steps to rounding. "
+                "Use 'bf16-mixed', or optimizer.name = 'adamw'"
+            )
+        fused = self.optimizer.fused_backward
+        if fused and (self.precision != "bf16-lean" or self.accumulation > 1 or self.optimizer.clip_norm > 0):
+            raise ValueError(
+                "optimizer.fused_backward steps before all gradients are known: it needs precision = 'bf16-lean', "
+                "accumulation = 1 and optimizer.clip_norm = 0"
+            )
+
+    def _check_weights(self) -> None:
+        """Something must be left to learn: draws inside the range, and weights above zero."""
+        is_last_alone = self.timesteps.low == self.schedule.num_timesteps - 1
+        if is_last_alone and self.schedule.zero_terminal_snr and self.loss.min_snr_gamma is not None:
+            raise ValueError("loss.min_snr_gamma weighs the last timestep by its SNR, which zero_terminal_snr makes 0")
+        try:
+            timestep_shares(self.loss.timestep_bias, self.range)
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
 
     @property
     def range(self) -> TimestepRange:
@@ -158,11 +229,21 @@ class ExpertConfig(Config):
 MAY_CHANGE = (
     "steps",
     "checkpoint.every",
+    "checkpoint.every_minutes",
     "checkpoint.keep",
+    "checkpoint.keep_best",
+    "eval.every",
+    "eval.share",
+    "ema.device",
     "log.every",
-    "log.tensorboard",
+    "log.trackers",
+    "log.project",
     "optimizer.learning_rate",
     "optimizer.muon_rate",
+    "optimizer.rate.shape",
+    "optimizer.rate.warmup_steps",
+    "optimizer.rate.final_share",
+    "optimizer.rate.power",
     "optimizer.max_skipped",
 )
 

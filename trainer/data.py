@@ -5,9 +5,10 @@ like all others; they are made here because they decide what is read.
 """
 
 import itertools
-from collections.abc import Callable, Generator
-from typing import Any
+from collections.abc import Callable, Generator, Sequence
+from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from shared.ahead import Ahead
@@ -20,7 +21,7 @@ from shared.manifest_rows import ManifestRow, Variant
 from shared.seeding import derive_seed
 from shared.store import Snapshot, StoreReader
 from trainer.batch import Batch
-from trainer.sampler import MicroBatch
+from trainer.sampler import MicroBatch, Pool
 
 AHEAD = 3  # micro-batches that wait, ready, for the UNet
 MAX_CORRUPT_SHARE = 0.001
@@ -33,7 +34,9 @@ class BatchReader:
         self,
         store: StoreReader,
         manifest: Manifest,
+        pools: Sequence[Pool],
         *,
+        captions: Literal["random", "first", "all"],
         seed: int,
         caption_dropout: float,
         null_prompt: NullPrompt,
@@ -42,8 +45,9 @@ class BatchReader:
     ) -> None:
         self._store, self._manifest, self._settings = store, manifest, manifest.settings
         self._seed, self._dropout, self._null_prompt = seed, caption_dropout, null_prompt
+        self._captions = captions
         self._pin, self._on_corrupt = pin_memory, on_corrupt
-        self._rows_of = {bucket.hw: bucket for bucket in manifest.buckets("train")}
+        self._rows_of = {pool.hw: np.unique(pool.rows) for pool in pools}
         self._corrupt: set[int] = set()
 
     def read(self, micro: MicroBatch) -> Batch:
@@ -65,13 +69,14 @@ class BatchReader:
         rows = self._manifest.rows(indices)
         mean, logvar, embeds, pooled = self._buffers(micro.bucket_hw, len(rows))
         variants = [self._variant(row, place) for row, place in zip(rows, micro.places(), strict=True)]
+        captions = micro.captions or (None,) * len(rows)
         with self._store.snapshot() as snapshot:
             for i, (row, place) in enumerate(zip(rows, micro.places(), strict=True)):
                 latents = {"mean": mean[i].numpy()} | ({} if logvar is None else {"logvar": logvar[i].numpy()})
                 text = {"prompt_embeds": embeds[i].numpy(), "pooled_prompt_embeds": pooled[i].numpy()}
                 try:
                     snapshot.copy_into(variants[i].latent_key, latents)
-                    self._copy_text(snapshot, row, place, text)
+                    self._copy_text(snapshot, row, place, captions[i], text)
                 except RecordCorrupt as error:
                     raise _CorruptSample(i, row.path, str(error)) from None
         time_ids = self._empty(len(rows), 6, dtype=torch.float32)
@@ -82,15 +87,22 @@ class BatchReader:
     def _variant(self, row: ManifestRow, place: tuple[int, int]) -> Variant:
         return row.variants[int(self._uniform("variant", place) * len(row.variants))]
 
-    def _copy_text(self, snapshot: Snapshot, row: ManifestRow, place: tuple[int, int], targets: dict[str, Any]) -> None:
+    def _copy_text(
+        self, snapshot: Snapshot, row: ManifestRow, place: tuple[int, int], caption: int | None, targets: dict[str, Any]
+    ) -> None:
         if self._uniform("dropout", place) >= self._dropout:
-            choice = int(self._uniform("caption", place) * len(row.text_keys))
-            snapshot.copy_into(row.text_keys[choice], targets)
+            snapshot.copy_into(row.text_keys[self._choose(len(row.text_keys), place, caption)], targets)
         elif self._null_prompt == "encoded":
             snapshot.copy_into(bytes.fromhex(self._settings.null_text_key), targets)
         else:
             for target in targets.values():
                 target.fill(0)
+
+    def _choose(self, count: int, place: tuple[int, int], caption: int | None) -> int:
+        """Which of `count` captions; one that was named may be of a row that this one stands in for."""
+        if caption is not None:
+            return caption % count
+        return 0 if self._captions == "first" else int(self._uniform("caption", place) * count)
 
     def _buffers(
         self, bucket_hw: tuple[int, int], count: int
@@ -109,7 +121,7 @@ class BatchReader:
 
     def _next(self, micro: MicroBatch, index: int, row: int) -> int:
         """The row after `row` in its bucket, round to the one that sample `index` began with."""
-        rows = self._rows_of[micro.bucket_hw].rows
+        rows = self._rows_of[micro.bucket_hw]
         following = int(rows[(int(rows.searchsorted(row)) + 1) % len(rows)])
         if following == micro.rows[index]:
             h, w = micro.bucket_hw

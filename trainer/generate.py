@@ -15,14 +15,14 @@ from shared.command import one_line
 from shared.conditioning import PromptEmbeds
 from shared.contract import ExpertFacts, PairContract, check_pair
 from shared.device import choose_device
-from shared.errors import CheckpointError, ConfigError, ContractError
+from shared.errors import ConfigError, ContractError
 from shared.progress import progress, say
 from shared.prompts import read_prompts_file
 from shared.text_encoders import TextEncoders, TextFacts, read_text_facts
 from shared.vae import Vae, VaeFacts, choose_encode_dtype, read_vae_facts
-from trainer.checkpoint import Checkpoint, newest_checkpoint, open_checkpoint
-from trainer.ensemble import DrawSettings, Expert, ExpertEnsemble, Prompt, make_scheduler
-from trainer.unet import ConditionedUnet, load_unet
+from trainer.checkpoint import Checkpoint, open_expert
+from trainer.drawn import find_bases, load_experts
+from trainer.ensemble import DrawSettings, ExpertEnsemble, Prompt, make_scheduler
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,7 @@ class GenerateRequest:
     height: int | None = None
     width: int | None = None
     device: str = "auto"
+    base: Path | None = None  # what adapters stand on, if it is not the model's UNet
 
 
 def generate(request: GenerateRequest) -> Iterator[Path]:
@@ -52,8 +53,9 @@ def generate(request: GenerateRequest) -> Iterator[Path]:
     contract = _check_together(checkpoints, request.model, vae_facts, text_facts)
     make_scheduler(request.settings.scheduler, contract)  # refused before anything large is loaded
     device = choose_device(request.device)
+    folders = find_bases(checkpoints, request.model, request.base)
     embeds = _encode(checkpoints, request, device)
-    ensemble = ExpertEnsemble([_load(c, text_facts.widths[1], device) for c in checkpoints], contract)
+    ensemble = ExpertEnsemble(load_experts(checkpoints, folders, text_facts.widths[1], device), contract)
     vae = Vae(request.model, device, choose_encode_dtype("auto", vae_facts, device.type))
     factor = vae_facts.downscale
     hw = _size(request, ensemble.experts[0].model.unet.config.sample_size * factor, factor)
@@ -83,18 +85,6 @@ def read_prompts(given: Sequence[str], path: Path | None) -> list[str]:
     if not prompts:
         raise ConfigError("nothing to draw: give --prompt TEXT or --prompts FILE with a prompt on each line")
     return prompts
-
-
-def open_expert(path: Path) -> Checkpoint:
-    """The newest checkpoint of a run folder, or the checkpoint at `path` itself, verified."""
-    if (path / "checksums.json").exists():
-        return open_checkpoint(path)
-    if not path.is_dir():
-        raise CheckpointError(f"no run folder {path}")
-    checkpoint = newest_checkpoint(path, lambda why: say(f"passed over: {why}"))
-    if checkpoint is None:
-        raise CheckpointError(f"{path} holds no checkpoint yet: train it first (train-expert --output {path})")
-    return checkpoint
 
 
 def _check_together(checkpoints: Sequence[Checkpoint], model: Path, vae: VaeFacts, text: TextFacts) -> PairContract:
@@ -135,12 +125,6 @@ def _encode(checkpoints: Sequence[Checkpoint], request: GenerateRequest, device:
 
     facts = [checkpoint.card.facts for checkpoint in checkpoints]
     return [[Prompt(encode(prompt, own.text_chunks), against(own)) for own in facts] for prompt in request.prompts]
-
-
-def _load(checkpoint: Checkpoint, refiner_width: int, device: torch.device) -> Expert:
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    unet = load_unet(checkpoint.weights_folder(), device, dtype)
-    return Expert(checkpoint.card.facts, ConditionedUnet(unet, checkpoint.card.facts.layout, refiner_width), dtype)
 
 
 def _size(request: GenerateRequest, own_px: int, factor: int) -> tuple[int, int]:

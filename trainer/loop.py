@@ -13,21 +13,31 @@ import torch
 from torch import Tensor
 
 from shared.conditioning import PromptEmbeds
-from shared.device import choose_device
 from shared.errors import DataError, Stopped
 from shared.progress import progress, say
 from shared.store import StoreReader
-from trainer.checkpoint import TrainingState, read_tensors, save_checkpoint
+from trainer.advice import objective_advice
+from trainer.checkpoint import TrainingState, save_checkpoint
+from trainer.compiled import compile_blocks, recompiling_is_an_error, warm_up
 from trainer.config import ExpertConfig
 from trainer.data import BatchReader, prefetch
 from trainer.ema import Ema
+from trainer.held_out import HeldOut
+from trainer.learning_rate import rate_share
 from trainer.loss import DenoisingLoss
+from trainer.loss_bins import LossBins
 from trainer.meter import Meter
+from trainer.model_card import model_card
 from trainer.optim import Optimizer
-from trainer.run import Request, Run, make_order, open_run
+from trainer.processes import joined
+from trainer.run import Request, Run, make_order, open_run_together
+from trainer.sampler import own_micro_batches
+from trainer.saving import SaveTurns, surviving_a_full_disk
 from trainer.stopping import stop_requests
 from trainer.trackers import Curves
-from trainer.unet import ConditionedUnet, load_unet, read_unet_config
+from trainer.trained import export_of, kept_weights, load_trained, restore_average, seed_layers
+from trainer.unet import ConditionedUnet
+from trainer.view import describe_view, view_of
 
 
 def train_expert(request: Request) -> int:
@@ -35,86 +45,132 @@ def train_expert(request: Request) -> int:
 
     Raises Stopped (exit 75) after saving where the process was asked to stop, and whatever open_run raises.
     """
-    config, device = request.config, choose_device(request.device)
-    with stop_requests() as stop, StoreReader(request.store) as store, closing(open_run(request)) as run:
+    config = request.config
+    with (
+        stop_requests() as stop,
+        joined(request.device) as processes,
+        StoreReader(request.store) as store,
+        closing(open_run_together(request, processes)) as run,
+    ):
+        device, share = processes.device, processes.share(config.accumulation)
         if run.first_step >= config.steps:
             say(f"{run.folder} is complete: {run.first_step} steps")
             return run.first_step
 
         # What is trained, and what it is trained by.
-        unet = load_unet(run.checkpoint.path / "unet" if run.checkpoint else request.model / "unet", device)
-        unet_config = read_unet_config(request.model / "unet")
-        unet.train().requires_grad_(True)
-        if config.gradient_checkpointing:
-            unet.enable_gradient_checkpointing()
-        parameters = list(unet.parameters())
-        optimizer = Optimizer(parameters, config.optimizer)
-        ema = Ema(unet, config.ema.decay) if config.ema.decay else None
+        is_lean = config.precision == "bf16-lean"
+        unet = load_trained(config, run.start, run.checkpoint, device)
+        if config.channels_last:
+            unet.to(memory_format=torch.channels_last)
+        if config.compile:
+            compile_blocks(unet)
+        parameters = [weight for weight in unet.parameters() if weight.requires_grad]
+        optimizer = Optimizer(parameters, config.optimizer, is_lean=is_lean)
+        ema_device = torch.device("cpu") if config.ema.device == "cpu" else device
+        ema = Ema(unet, config.ema.decay, device=ema_device) if config.ema.decay else None
         skipped = _restore(run, optimizer, ema, device)
 
         # What it is trained on, and towards what.
         settings, facts = run.manifest.settings, run.card.facts
-        model = ConditionedUnet(unet, facts.layout, settings.text_widths[1])
-        predict = partial(_predict, model, config, device)
+        export = export_of(unet, run.start, facts)
+        trained = processes.wrap(unet)
+        predict, predict_alone = (
+            partial(predict_in_precision, ConditionedUnet(model, facts.layout, settings.text_widths[1]), config, device)
+            for model in (trained, unet)
+        )
         schedule = run.card.contract.schedule(device)
         loss = DenoisingLoss(
             schedule,
             config.range,
             config.schedule.prediction_type,
             settings.scaling_factor,
-            config.loss.min_snr_gamma,
+            config.loss,
             config.seed,
         )
+        pools = view_of(run.manifest, config.data)
         reader = BatchReader(
             store,
             run.manifest,
+            pools,
+            captions=config.data.captions,
             seed=config.seed,
             caption_dropout=config.loss.caption_dropout,
             null_prompt=facts.null_prompt,
             pin_memory=device.type == "cuda",
             on_corrupt=lambda path, why: run.log.write("corrupt", path=path, why=why),
         )
-        order = make_order(run)
-        first = (run.first_step - run.manifest_use.from_step) * config.accumulation
-        batches = prefetch(lambda index: reader.read(order[index]), first)
-        curves = Curves(run.folder, run.first_step, enabled=config.log.tensorboard)
-        say(f"{config.name}: timesteps {config.range}, {len(run.manifest)} samples, {device}, {config.precision}")
+        order = make_order(run, pools)
+        steps_before = run.first_step - run.manifest_use.from_step
+        mine = own_micro_batches(processes.index, share, config.accumulation)
+        batches = prefetch(lambda index: reader.read(order[mine(index)]), steps_before * share)
+        trackers = config.log.trackers if processes.is_first else ()
+        curves = Curves(run.folder, run.first_step, trackers, config.log.project, config.model_dump(mode="json"))
+        seen = describe_view(run.manifest, pools)
+        say(f"{config.name}: timesteps {config.range}, {seen}, {device}, {config.precision}")
+        for line in objective_advice(config):
+            run.log.write("advice", why=line)
+            say(f"note: {line}")
 
-        meter = Meter(config.batch * config.accumulation)
+        held_out = HeldOut(run, store, loss, device) if processes.is_first else None
+        bins = LossBins(config.range, device)
+        meter, save_turns = Meter(config.batch * config.accumulation), SaveTurns(config.checkpoint)
         advance_bar = progress(config.name, config.steps, "steps", run.first_step)
-        with closing(batches), closing(curves), advance_bar as advance:
-            if stop.asked():
+        with closing(batches), closing(curves), recompiling_is_an_error(config.compile), advance_bar as advance:
+            if config.compile:
+                warm_up(unet, predict_alone, {pool.hw for pool in pools}, config.batch, settings, device)
+            if processes.any(stop.asked()):
                 raise Stopped(f"{run.folder} was opened and nothing done; the same command goes on")
             for step in range(run.first_step, config.steps):
-                t = loss.timesteps(step, config.batch * config.accumulation, device)
+                optimizer.scale_rates(rate_share(step, config.steps, config.optimizer.rate))
+                t = loss.timesteps(step, config.batch * config.accumulation, device).view(-1, config.batch)
                 step_loss = torch.zeros((), device=device)
-                for t_micro in t.view(-1, config.batch):
+                for micro, t_micro in enumerate(t[processes.index * share :][:share]):
                     batch = meter.wait(batches).to(device)
-                    micro_loss = loss(predict, batch, t_micro).mean() / config.accumulation
-                    torch.autograd.backward(micro_loss)
+                    seed_layers(config.seed, batch.places[0])
+                    with processes.averaging(trained, now=micro == share - 1):
+                        losses = loss(predict, batch, t_micro)
+                        micro_loss = losses.mean() / share
+                        torch.autograd.backward(micro_loss)
+                    bins.add(t_micro, losses)
                     step_loss += micro_loss.detach()
 
                 # A step whose gradients are not finite is skipped and counted on the device; nobody waits for it here.
-                norm = torch.nn.utils.clip_grad_norm_(parameters, config.optimizer.clip_norm or float("inf"))
+                norm = optimizer.clip(config.optimizer.clip_norm)
                 is_bad = (~torch.isfinite(norm)).float()
                 optimizer.step_unless_bad(is_bad)
                 optimizer.zero_grad()
                 if ema is not None:
-                    ema.update()
+                    ema.update(optimizer.weights())
                 skipped += is_bad
                 meter.add(step_loss, norm)
                 advance(1)
 
                 done = step + 1
                 is_last = done == config.steps
-                is_asked = stop.asked()  # read once: a request that comes while saving is answered after the next step
+                # Read once: a request that comes while saving is answered after the next step.
+                is_asked = processes.any(stop.asked())
                 if done % config.log.every == 0 or is_last:
-                    values = meter.read() | {"learning_rate": config.optimizer.learning_rate, "skipped": int(skipped)}
-                    run.log.write("step", step=done, epoch=batch.places[-1][0], **values)
-                    curves.log(values, done)
+                    values = meter.read(processes.mean) | {
+                        "learning_rate": optimizer.learning_rate,
+                        "skipped": int(skipped),
+                    }
+                    by_t = bins.read(processes.total(bins.take()))
+                    run.log.write(
+                        "step", step=done, epoch=batch.places[-1][0], **values, bins=[one.as_list() for one in by_t]
+                    )
+                    curves.log(values | {f"loss/{one.name}": one.loss for one in by_t}, done)
                     if int(skipped) > config.optimizer.max_skipped:
                         raise DataError(f"{int(skipped)} steps had gradients that were not finite: giving up at {done}")
-                if done % config.checkpoint.every == 0 or is_last or is_asked:
+                is_saving = processes.is_first and (save_turns.is_turn(done) or is_last or is_asked)
+                score = None
+                if held_out is not None and not is_asked and held_out.is_turn(done, is_saving):
+                    with optimizer.averaged():
+                        score = held_out.measure(predict_alone, unet, ema, stop.asked)
+                if score is not None:
+                    run.log.write("eval", step=done, **score.fields())
+                    curves.log(score.curves(), done)
+                    meter.leave_out(score.took_s)
+                if is_saving:
                     state = TrainingState(
                         step=done,
                         epoch=batch.places[-1][0],
@@ -123,12 +179,22 @@ def train_expert(request: Request) -> int:
                         threads=torch.get_num_threads(),
                         torch=torch.__version__,
                     )
-                    weights = {"unet": unet.state_dict()} | ({"ema": ema.state_dict()} if ema else {})
                     moments = optimizer.tensors()
-                    path = save_checkpoint(
-                        run.folder, state, run.card, unet_config, weights, moments, config.checkpoint.keep
-                    )
-                    run.log.write("checkpoint", step=done, path=path.name)
+                    room = surviving_a_full_disk(run.folder, run.log, done, is_last_chance=is_last or is_asked)
+                    with room, optimizer.averaged():
+                        path = save_checkpoint(
+                            run.folder,
+                            state,
+                            run.card,
+                            model_card(run.card, config, settings.datasets, done),
+                            export,
+                            kept_weights(unet, facts, ema),
+                            moments,
+                            config.checkpoint.keep,
+                            config.checkpoint.keep_best,
+                            score.best if score else None,
+                        )
+                        run.log.write("checkpoint", step=done, path=path.name)
                 if is_asked and not is_last:
                     run.log.write("stopped", step=done)
                     raise Stopped(f"{run.folder} is saved at step {done} of {config.steps}; the same command goes on")
@@ -136,7 +202,7 @@ def train_expert(request: Request) -> int:
         return config.steps
 
 
-def _predict(
+def predict_in_precision(
     model: ConditionedUnet,
     config: ExpertConfig,
     device: torch.device,
@@ -145,11 +211,12 @@ def _predict(
     text: PromptEmbeds,
     time_ids: Tensor,
 ) -> Tensor:
+    """What the UNet answers, computed in the precision that the config asks for."""
     autocast: AbstractContextManager[Any] = torch.autocast(
         device.type, torch.bfloat16, enabled=config.precision == "bf16-mixed"
     )
     with autocast:
-        return model(x_t, t, text, time_ids, config.loss.aesthetic_score)
+        return model(x_t.to(model.dtype), t, text, time_ids, config.loss.aesthetic_score)
 
 
 def _restore(run: Run, optimizer: Optimizer, ema: Ema | None, device: torch.device) -> Tensor:
@@ -159,8 +226,7 @@ def _restore(run: Run, optimizer: Optimizer, ema: Ema | None, device: torch.devi
     state = run.checkpoint.state
     optimizer.load(run.checkpoint.optimizer_tensors())
     if ema is not None:
-        ema.load(read_tensors(run.checkpoint.path / "ema" / "diffusion_pytorch_model.safetensors"))
-        ema.updates = state.ema_updates
+        restore_average(ema, run.checkpoint)
     if state.threads != torch.get_num_threads() or state.torch != torch.__version__:
         say("going on with another number of threads or version of torch: not bit for bit what it would have been")
     say(f"{run.folder} goes on after step {state.step}")

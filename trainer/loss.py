@@ -1,24 +1,34 @@
-"""The objective of one expert: noise a batch, ask the UNet, weigh the squared error.
+"""The objective of one expert: noise a batch, ask the UNet, weigh the error.
 
     x_0 = scaling_factor (mean + exp(logvar / 2) eps')      posterior sample, fresh in each epoch
     x_t = alpha_t x_0 + sigma_t eps
-    loss = w(t) |prediction(x_t, t) - target(x_0, eps, t)|^2      mean over each sample
+    loss = w(t) |prediction(x_t, t) - target(x_0, eps, t)|^2      mean over each sample; or pseudo-Huber
 
 Timesteps are drawn once per optimizer step over all its samples; noise by a generator of each sample's own. So a run
 does not depend on how its samples are spread over micro-batches, and a resumed run draws what an unbroken one would.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from shared.conditioning import PromptEmbeds
 from shared.latents import sample_latents
-from shared.schedule import NoiseSchedule, PredictionType, TimestepRange, sample_timesteps
+from shared.schedule import (
+    NoiseSchedule,
+    PredictionType,
+    TimestepRange,
+    cumulate,
+    sample_biased_timesteps,
+    sample_timesteps,
+)
 from shared.seeding import make_generator
 from trainer.batch import Batch
+from trainer.config import LossConfig
+from trainer.timestep_bias import timestep_shares
 
 # (x_t [B, 4, h, w], t int64 [B], text, time_ids [B, 6]) -> prediction [B, 4, h, w]
 Predict = Callable[[Tensor, Tensor, PromptEmbeds, Tensor], Tensor]
@@ -32,32 +42,78 @@ class DenoisingLoss:
     within: TimestepRange
     prediction_type: PredictionType
     scaling_factor: float
-    min_snr_gamma: float | None
+    settings: LossConfig
     seed: int
+
+    @cached_property
+    def _bias_sums(self) -> Tensor:
+        return cumulate(timestep_shares(self.settings.timestep_bias, self.within)).to(self.schedule.device)
 
     def timesteps(self, step: int, count: int, device: torch.device) -> Tensor:
         """Timesteps of all `count` samples of optimizer step `step`, int64 [count], stratified over the range."""
-        return sample_timesteps(self.within, count, make_generator(self.seed, "t", step, device=device))
+        generator = make_generator(self.seed, "t", step, device=device)
+        if self.settings.timestep_bias.strategy == "none":
+            return sample_timesteps(self.within, count, generator)
+        return sample_biased_timesteps(self.within, self._bias_sums, count, generator)
 
     def __call__(self, predict: Predict, batch: Batch, t: Tensor) -> Tensor:
-        """Loss per sample, fp32 [B], at timesteps t [B], with the posterior and the noise of each sample's place."""
-        posterior_eps = self.noise("posterior", batch)
-        return self.at(predict, batch, t, self.noise("eps", batch), posterior_eps)
+        """Loss per sample, fp32 [B], at timesteps t [B], with the posterior and the noise of each sample's place.
 
-    def at(self, predict: Predict, batch: Batch, t: Tensor, eps: Tensor, posterior_eps: Tensor) -> Tensor:
-        """Loss per sample, fp32 [B], at given t [B], noise and posterior noise [B, 4, h, w]."""
+        Offset noise (Guttenberg 2023, "Diffusion with offset noise") belongs to eps, so it is learned; input
+        perturbation (Ning et al. 2023, arXiv:2301.11706) is shown to the UNet and not asked of it.
+        """
+        posterior_eps, eps = self.noise("posterior", batch), self.noise("eps", batch)
+        if self.settings.offset_noise:
+            a_pixel = batch.moments.mean[..., :1, :1]
+            eps = eps + self.settings.offset_noise * place_noise(self.seed, "offset", batch.places, a_pixel)
+        shown_eps = eps
+        if self.settings.input_perturbation:
+            shown_eps = eps + self.settings.input_perturbation * self.noise("perturbation", batch)
+        return self.at(predict, batch, t, eps, posterior_eps, shown_eps)
+
+    def at(
+        self,
+        predict: Predict,
+        batch: Batch,
+        t: Tensor,
+        eps: Tensor,
+        posterior_eps: Tensor,
+        shown_eps: Tensor | None = None,
+    ) -> Tensor:
+        """Loss per sample, fp32 [B], at given t [B], noise and posterior noise [B, 4, h, w].
+
+        `shown_eps` takes the place of `eps` in x_t alone.
+        """
         x_0 = sample_latents(batch.moments, self.scaling_factor, posterior_eps)
-        x_t = self.schedule.add_noise(x_0, eps, t)
+        x_t = self.schedule.add_noise(x_0, eps if shown_eps is None else shown_eps, t)
         target = self.schedule.target(self.prediction_type, x_0, eps, t)
         prediction = predict(x_t, t, batch.text, batch.time_ids).float()
-        loss = (prediction - target).square().flatten(1).mean(dim=1)
-        if self.min_snr_gamma is not None:
-            loss = loss * self.schedule.min_snr_weight(self.prediction_type, self.min_snr_gamma, t)
+        loss = self._distance(prediction - target, t).flatten(1).mean(dim=1)
+        if self.settings.min_snr_gamma is not None:
+            loss = loss * self.schedule.min_snr_weight(self.prediction_type, self.settings.min_snr_gamma, t)
         return loss
+
+    def unweighted(self) -> "DenoisingLoss":
+        """The plain squared error of the same prediction: what runs of other settings can be compared by."""
+        return replace(self, settings=LossConfig())
+
+    def _distance(self, error: Tensor, t: Tensor) -> Tensor:
+        if self.settings.type == "mse":
+            return error.square()
+        return pseudo_huber(error, self.schedule.huber_c(self.settings.huber_schedule, self.settings.huber_c, t))
 
     def noise(self, what: str, batch: Batch) -> Tensor:
         """Standard normal noise in the shape of the latents, one generator per sample, on the batch's device."""
         return place_noise(self.seed, what, batch.places, batch.moments.mean)
+
+
+def pseudo_huber(error: Tensor, c: Tensor) -> Tensor:
+    """2 c (sqrt(error^2 + c^2) - c): error^2 where it is far below c, 2 c |error| far above (Khrapov et al. 2024).
+
+    `error` [B, ...], `c` > 0 [B]. Written so that small errors do not cancel: sqrt(e^2 + c^2) - c loses them.
+    """
+    c = c.view(-1, *(1,) * (error.ndim - 1))
+    return 2 * c * error.square() / (torch.sqrt(error.square() + c.square()) + c)
 
 
 def place_noise(seed: int, what: str, places: Sequence[tuple[int, int]], like: Tensor) -> Tensor:

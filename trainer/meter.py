@@ -1,7 +1,7 @@
 """What is logged of training: sums stay on the device until a log point reads them, so that nobody waits for them."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -30,11 +30,18 @@ class Meter:
         self._losses.append(loss)
         self._norms.append(norm)
 
-    def read(self) -> dict[str, float]:
-        """Mean loss and gradient norm, samples per second, share of the time spent waiting for data; then anew."""
+    def leave_out(self, seconds: float) -> None:
+        """Take time that training did not use (evaluation, saving) out of the rates."""
+        self._began_s += seconds
+
+    def read(self, over_processes: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """Mean loss and gradient norm, samples per second, share of the time spent waiting for data; then anew.
+
+        The loss is that of all processes, by the mean that `over_processes` takes of it.
+        """
         steps, elapsed_s = len(self._losses), time.perf_counter() - self._began_s
         values = {
-            "loss": float(torch.stack(self._losses).mean()),
+            "loss": float(over_processes(torch.stack(self._losses).mean())),
             "grad_norm": float(torch.stack(self._norms).mean()),
             "samples_per_s": steps * self._samples / elapsed_s,
             "data_wait_share": self._waited_s / elapsed_s,

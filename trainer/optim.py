@@ -1,53 +1,71 @@
 """What turns gradients into steps, and its state as tensors with names: what a checkpoint can hold without pickle.
 
-AdamW for every parameter, or Muon (Jordan et al. 2024) for those that multiply, which are most, and AdamW for the rest.
+    torch_rules.py     AdamW, and Muon for those that multiply: torch's own
+    library_rules.py   8-bit AdamW, Adafactor, schedule-free AdamW: other libraries'
+    kahan.py           AdamW for bf16 weights, with what rounding takes away kept beside them
+
+Each takes a step, or none where a flag on the device says that the gradients were bad; nobody waits for that flag.
 """
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from shared.errors import CheckpointError
-from trainer.config import OptimizerConfig
+from trainer.kahan import KahanRule
+from trainer.library_rules import LIBRARIES, LibraryRule
+from trainer.optimizer_config import OptimizerConfig
+from trainer.torch_rules import AdamWRule, MuonRule, multiplies
 
-MUON_SMALLEST = 16  # a matrix with a shorter side, such as a last layer's, is left to AdamW
-_ADAMW_ITEMS, _MUON_ITEMS = {"step", "exp_avg", "exp_avg_sq"}, {"momentum_buffer"}
+
+class Rule(Protocol):
+    """How some of the parameters are stepped; tensors are named "<place of the parameter>.<item>"."""
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Groups in torch's sense, of which "lr" is read at each step."""
+
+    def step(self, is_bad: Tensor) -> None:
+        """One step, or none where `is_bad` (a scalar, 0.0 or 1.0) is 1."""
+
+    def weights(self) -> Iterator[Tensor] | None:
+        """Weights to evaluate and average, one after another; None where they are the parameters themselves.
+
+        A rule that has its own takes all parameters.
+        """
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The state."""
+
+    def wanted(self) -> set[str]:
+        """Names of all tensors of the state once there has been a step."""
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Take over a state that has the wanted names."""
 
 
 class Optimizer:
-    """Fused AdamW, which can skip a step on the device (found_inf) without asking the host, and Muon where configured.
+    """The rules that a configuration asks for, over all parameters in their order."""
 
-    torch's Muon takes matrices alone; a convolution's weight is seen as one of [out, in * kernel], as its authors do.
-    """
-
-    def __init__(self, parameters: Iterable[nn.Parameter], config: OptimizerConfig) -> None:
+    def __init__(self, parameters: Iterable[nn.Parameter], config: OptimizerConfig, *, is_lean: bool = False) -> None:
         self._parameters = list(parameters)
-        is_matrix = [config.name == "muon" and _multiplies(parameter) for parameter in self._parameters]
-        self._others = [i for i, chosen in enumerate(is_matrix) if not chosen]
-        self._matrices = [i for i, chosen in enumerate(is_matrix) if chosen]
-        self._views = [self._parameters[i].detach().view(len(self._parameters[i]), -1) for i in self._matrices]
-        self._adamw = torch.optim.AdamW(
-            [{"params": [self._parameters[i] for i in self._others]}],
-            lr=config.learning_rate,
-            betas=(config.beta1, config.beta2),
-            eps=config.eps,
-            weight_decay=config.weight_decay,
-            fused=True,
-        )
-        self._muon: Any = None
-        if self._views:
-            self._muon = torch.optim.Muon(
-                self._views, lr=config.muon_rate, weight_decay=config.weight_decay, adjust_lr_fn="original"
-            )
+        self._weights = [parameter.detach() for parameter in self._parameters]
+        self._name = "bf16-lean AdamW" if is_lean else _NAMES[config.name]
+        self._rules = _choose_rules(self._parameters, config, is_lean)
         self._rates = [group["lr"] for group in self.param_groups]
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """torch's groups of both."""
-        groups: list[dict[str, Any]] = self._adamw.param_groups + (self._muon.param_groups if self._muon else [])
-        return groups
+        """torch's groups of all rules."""
+        return [group for rule in self._rules for group in rule.param_groups]
+
+    @property
+    def learning_rate(self) -> float:
+        """The rate that the next step is taken with; AdamW's where Muon has one of its own."""
+        return float(self.param_groups[0]["lr"])
 
     def scale_rates(self, share: float) -> None:
         """Set the learning rates to this share of the configured ones."""
@@ -59,57 +77,64 @@ class Optimizer:
         for parameter in self._parameters:
             parameter.grad = None
 
+    def clip(self, most: float) -> Tensor:
+        """The norm of all gradients together, which are scaled down to `most` where it is larger; 0 does not scale."""
+        norm = self._rules[0].fused_norm() if isinstance(self._rules[0], KahanRule) else None
+        return torch.nn.utils.clip_grad_norm_(self._parameters, most or float("inf")) if norm is None else norm
+
     def step_unless_bad(self, is_bad: Tensor) -> None:
         """One step, or none where `is_bad` (a scalar, 0.0 or 1.0, on the weights' device) is 1."""
-        scaled: Any = self._adamw  # these attributes are the protocol that torch.amp.GradScaler speaks
-        scaled.grad_scale = None
-        scaled.found_inf = is_bad
-        self._adamw.step()
-        if self._muon:
-            self._step_muon(is_bad)
+        for rule in self._rules:
+            rule.step(is_bad)
 
-    @torch.no_grad()
-    def _step_muon(self, is_bad: Tensor) -> None:
-        """Muon knows no found_inf, so weights and momentum from before are put back where the step was bad."""
-        for i, view in zip(self._matrices, self._views, strict=True):
-            gradient = self._parameters[i].grad
-            view.grad = None if gradient is None else gradient.view_as(view)
-        before = [view.clone() for view in self._views]
-        momentum_before = {i: tensor.clone() for i, tensor in self._momentum().items()}
-        self._muon.step()
-        for view, old in zip(self._views, before, strict=True):
-            view.copy_(torch.where(is_bad > 0, old, view))
-            view.grad = None
-        for i, tensor in self._momentum().items():
-            tensor.copy_(torch.where(is_bad > 0, momentum_before.get(i, torch.zeros_like(tensor)), tensor))
+    def weights(self) -> Iterable[Tensor]:
+        """The weights to average, in order: those that are trained, but for what a rule knows better."""
+        own = self._rules[0].weights()
+        return self._weights if own is None else own
 
-    def _momentum(self) -> dict[int, Tensor]:
-        """Muon's state by the parameters' places; empty before the first step."""
-        pairs = zip(self._matrices, self._views, strict=True)
-        return {i: self._muon.state[view]["momentum_buffer"] for i, view in pairs if self._muon.state.get(view)}
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """In here the parameters are those to evaluate and save; afterwards, bit for bit, those to train."""
+        is_average = any(isinstance(rule, LibraryRule) and rule.is_average for rule in self._rules)
+        trained = [weight.clone() for weight in self._weights] if is_average else []
+        for weight, average in zip(self._weights, self.weights(), strict=True) if is_average else ():
+            weight.copy_(average)
+        try:
+            yield
+        finally:
+            for weight, own in zip(self._weights, trained, strict=False):
+                weight.copy_(own)
 
     def tensors(self) -> dict[str, Tensor]:
         """The state as {"<index>.<name>": tensor}; indices count the parameters in order."""
-        state: dict[int, dict[str, Any]] = self._adamw.state_dict()["state"]
-        named = {f"{self._others[index]}.{name}": t for index, entry in state.items() for name, t in entry.items()}
-        return named | {f"{i}.momentum_buffer": tensor for i, tensor in self._momentum().items()}
+        return {name: tensor for rule in self._rules for name, tensor in rule.tensors().items()}
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Take a state over; hyperparameters stay as configured. Raises CheckpointError where an item is missing."""
-        state: dict[int, dict[str, Tensor]] = {}
-        for key, tensor in tensors.items():
-            index, _, name = key.partition(".")
-            state.setdefault(int(index), {})[name] = tensor
-        wanted = dict.fromkeys(self._others, _ADAMW_ITEMS) | dict.fromkeys(self._matrices, _MUON_ITEMS)
-        if {index: set(entry) for index, entry in state.items()} != wanted:
-            names = "AdamW and Muon" if self._muon else "AdamW"
-            raise CheckpointError(f"the optimizer state is not that of {len(wanted)} parameters under {names}")
-        own = {place: state[index] for place, index in enumerate(self._others)}
-        self._adamw.load_state_dict({"state": own, "param_groups": self._adamw.state_dict()["param_groups"]})
-        for i, view in zip(self._matrices, self._views, strict=True):
-            self._muon.state[view] = {"momentum_buffer": state[i]["momentum_buffer"].to(view)}
+        wanted = [rule.wanted() for rule in self._rules]
+        if set(tensors) != set().union(*wanted):
+            raise CheckpointError(
+                f"the optimizer state is not that of {len(self._parameters)} parameters under {self._name}"
+            )
+        for rule, names in zip(self._rules, wanted, strict=True):
+            rule.load({name: tensors[name] for name in names})
 
 
-def _multiplies(parameter: nn.Parameter) -> bool:
-    """Whether a parameter is a matrix, or a convolution's weight, that is worth Muon's while."""
-    return parameter.ndim > 1 and min(parameter.flatten(1).shape) >= MUON_SMALLEST
+_NAMES = {
+    "adamw": "AdamW",
+    "muon": "AdamW and Muon",
+    "adamw-8bit": "8-bit AdamW",
+    "adafactor": "Adafactor",
+    "schedule-free": "schedule-free AdamW",
+}
+
+
+def _choose_rules(parameters: Sequence[nn.Parameter], config: OptimizerConfig, is_lean: bool) -> list[Rule]:
+    every = dict(enumerate(parameters))
+    if is_lean:
+        return [KahanRule(every, config)]
+    if config.name in LIBRARIES:
+        return [LibraryRule(every, config)]
+    matrices = {i: p for i, p in every.items() if config.name == "muon" and multiplies(p)}
+    others = {i: p for i, p in every.items() if i not in matrices}
+    return [AdamWRule(others, config), *([MuonRule(matrices, config)] if matrices else [])]

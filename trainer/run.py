@@ -6,6 +6,8 @@ RUN/events.jsonl    what happened
 RUN/checkpoints/    trainer/checkpoint.py
 """
 
+import os
+from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,14 +18,18 @@ from pydantic import ValidationError
 from shared.atomic import write_atomically
 from shared.config import dump_config, flatten, load_config
 from shared.contract import ExpertCard, ExpertFacts, ManifestUse, PairContract
-from shared.errors import CheckpointError, ConfigError, ContractError, ManifestMismatch
+from shared.errors import CheckpointError, ConfigError, ContractError, ExpertsError, ManifestMismatch, Stopped
 from shared.lease import Lease
 from shared.manifest import Manifest, current_digest, open_manifest
+from shared.model_folder import model_name, read_licence
 from shared.progress import say
 from shared.runlog import RunLog
-from trainer.checkpoint import Checkpoint, resumable_checkpoint, set_aside_newer
+from trainer.checkpoint import Checkpoint, open_checkpoint, resumable_checkpoint, set_aside_newer
 from trainer.config import MAY_CHANGE, ExpertConfig, resolve_null_prompt
-from trainer.sampler import Order
+from trainer.processes import Processes
+from trainer.sampler import Order, Pool
+from trainer.start import Start, check_start, choose_start, same_start
+from trainer.trained import check_names
 from trainer.unet import choose_layout, read_unet_config, unet_digest
 
 
@@ -38,6 +44,7 @@ class Request:
     output: Path
     device: str = "auto"
     move_to_manifest: str | None = None
+    start: Path | None = None  # another expert whose weights it begins with
 
 
 @dataclass(frozen=True)
@@ -49,8 +56,9 @@ class Run:
     card: ExpertCard
     manifest: Manifest
     checkpoint: Checkpoint | None
+    start: Start
     log: RunLog
-    lease: Lease
+    lease: Lease | None  # None in processes that help the one that holds it
 
     @property
     def first_step(self) -> int:
@@ -65,7 +73,8 @@ class Run:
     def close(self) -> None:
         """Close the log and let another process take the run."""
         self.log.close()
-        self.lease.release()
+        if self.lease is not None:
+            self.lease.release()
 
 
 def open_run(request: Request) -> Run:
@@ -76,20 +85,99 @@ def open_run(request: Request) -> Run:
     """
     folder = request.output
     is_new = not (folder / "expert.json").exists()
-    if is_new and folder.exists() and _is_foreign(folder):
-        raise ConfigError(f"{folder} is not empty and no run: name a new folder with --output")
     if is_new:
-        manifest = open_manifest(request.store, request.move_to_manifest or request.manifest)
-        card = _new_card(request, manifest)
+        new = _prospect_of_new(request)
         folder.mkdir(parents=True, exist_ok=True)
     lease = Lease(folder / "run.lock", f"run {folder} is being trained", "one process trains a run")
     try:
         if is_new and not (folder / "expert.json").exists():  # another process may have begun it in the meantime
-            return _begin(request, card, manifest, lease)
+            return _begin(request, new, lease)
         return _go_on(request, lease)
     except BaseException:
         lease.release()
         raise
+
+
+@dataclass(frozen=True)
+class Prospect:
+    """What `train-expert` would open: nothing is written, and no lease is taken."""
+
+    card: ExpertCard
+    manifest: Manifest
+    checkpoint: Checkpoint | None
+    start: Start
+
+
+def look_at_run(request: Request) -> Prospect:
+    """The run that the same request would begin or go on with; raises what open_run would, but for a lease."""
+    folder = request.output
+    if not (folder / "expert.json").exists():
+        return _prospect_of_new(request)
+    _refuse_changes(folder, _changes(load_config(ExpertConfig, [folder / "config.toml"]), request.config))
+    card, checkpoint = _read_card(folder), resumable_checkpoint(folder, lambda why: say(f"passed over: {why}"))
+    start = _start_again(request, card) or _own_start(request, card, checkpoint)
+    step = checkpoint.state.step if checkpoint else 0
+    card = _with_manifests(card, tuple(use for use in card.facts.manifests if use.from_step <= step))
+    if request.move_to_manifest:
+        manifest, card = _move(request, card, checkpoint)
+    else:
+        manifest = _same_manifest(request, card)
+    return Prospect(card, manifest, checkpoint, start)
+
+
+def _prospect_of_new(request: Request) -> Prospect:
+    if request.output.exists() and _is_foreign(request.output):
+        raise ConfigError(f"{request.output} is not empty and no run: name a new folder with --output")
+    manifest = open_manifest(request.store, request.move_to_manifest or request.manifest)
+    start = choose_start(request.config, request.model, request.start)
+    check_names(request.config, start)
+    card = _new_card(request, manifest, start)
+    check_start(card, start)
+    return Prospect(card, manifest, None, start)
+
+
+def _start_again(request: Request, card: ExpertCard) -> Start | None:
+    """What the run started from, None where it is gone; raises ContractError where it is another now."""
+    start = same_start(request.config, request.model, request.start, card.facts.start)
+    if start is not None and unet_digest(start.unet) != card.facts.start_model_digest:
+        raise ContractError(
+            f"{request.output} began from another UNet than {request.model}: name a new folder with --output"
+        )
+    return start
+
+
+def open_run_together(request: Request, processes: Processes) -> Run:
+    """The same run in every process: the first opens it and tells the others where it stands.
+
+    Raises what open_run raises, in the first; the others then end with Stopped.
+    """
+    if processes.count == 1:
+        return open_run(request)
+    if not processes.is_first:
+        return _join_run(request, processes.tell())
+    try:
+        run = open_run(request)
+    except ExpertsError:
+        processes.tell({})
+        raise
+    use, checkpoint = run.manifest_use, run.checkpoint
+    where = {"manifest": use.name, "digest": use.digest, "checkpoint": checkpoint.path.name if checkpoint else None}
+    processes.tell(where)
+    return run
+
+
+def _join_run(request: Request, told: dict[str, Any]) -> Run:
+    """The run that the first process has opened, without its lease and its log."""
+    if not told:
+        raise Stopped("the first process could not open the run")
+    folder = request.output
+    manifest = open_manifest(request.store, told["manifest"], told["digest"])
+    path = told["checkpoint"] and folder / "checkpoints" / told["checkpoint"]
+    checkpoint = open_checkpoint(path) if path else None
+    card = _read_card(folder)
+    begun = same_start(request.config, request.model, request.start, card.facts.start)
+    start = begun or _own_start(request, card, checkpoint)
+    return Run(folder, request.config, card, manifest, checkpoint, start, RunLog(Path(os.devnull)), None)
 
 
 def _is_foreign(folder: Path) -> bool:
@@ -100,12 +188,12 @@ def _is_foreign(folder: Path) -> bool:
     return bool(names - {"run.lock", "config.toml"})
 
 
-def _begin(request: Request, card: ExpertCard, manifest: Manifest, lease: Lease) -> Run:
+def _begin(request: Request, new: Prospect, lease: Lease) -> Run:
     write_config(request.output, request.config)
-    write_card(request.output, card)
+    write_card(request.output, new.card)
     log = RunLog(request.output / "events.jsonl")
-    log.write("begin", name=request.config.name, manifest=manifest.name, digest=manifest.digest, step=0)
-    return Run(request.output, request.config, card, manifest, None, log, lease)
+    log.write("begin", name=request.config.name, manifest=new.manifest.name, digest=new.manifest.digest, step=0)
+    return Run(request.output, request.config, new.card, new.manifest, None, new.start, log, lease)
 
 
 def _go_on(request: Request, lease: Lease) -> Run:
@@ -114,9 +202,7 @@ def _go_on(request: Request, lease: Lease) -> Run:
     changes = _changes(old, request.config)
     _refuse_changes(folder, changes)
     card = _read_card(folder)
-    digest = unet_digest(request.model / "unet")
-    if digest != card.facts.start_model_digest:
-        raise ContractError(f"{folder} began from another UNet than {request.model}: name a new folder with --output")
+    start = _start_again(request, card)
     with ExitStack() as on_error:
         log = on_error.enter_context(closing(RunLog(folder / "events.jsonl")))
 
@@ -127,6 +213,7 @@ def _go_on(request: Request, lease: Lease) -> Run:
         checkpoint = resumable_checkpoint(folder, pass_over)
         if checkpoint is not None:
             set_aside_newer(checkpoint)
+        start = start or _own_start(request, card, checkpoint)
         step = checkpoint.state.step if checkpoint else 0
         card = _with_manifests(card, tuple(use for use in card.facts.manifests if use.from_step <= step))
         if request.move_to_manifest:
@@ -142,13 +229,20 @@ def _go_on(request: Request, lease: Lease) -> Run:
         write_card(folder, card)
         log.write("resume", step=step, digest=manifest.digest)
         on_error.pop_all()
-    return Run(folder, request.config, card, manifest, checkpoint, log, lease)
+    return Run(folder, request.config, card, manifest, checkpoint, start, log, lease)
 
 
-def make_order(run: Run) -> Order:
+def _own_start(request: Request, card: ExpertCard, checkpoint: Checkpoint | None) -> Start:
+    """A run with whole weights of its own needs no others any more."""
+    if checkpoint is not None and card.facts.adapter is None:
+        return Start(checkpoint.path / "unet")
+    gone = f"step {card.facts.start.step} of {card.facts.start.name}" if card.facts.start else "what it started from"
+    raise CheckpointError(f"{request.start} no longer holds {gone}, which {request.output} started from and stands on")
+
+
+def make_order(run: Run, pools: Sequence[Pool]) -> Order:
     """The order of samples since the run's manifest began to be used."""
-    buckets = run.manifest.buckets("train")
-    return Order(buckets, run.config.batch, run.config.seed, run.manifest_use.from_epoch)
+    return Order(pools, run.config.batch, run.config.seed, run.manifest_use.from_epoch)
 
 
 def write_config(folder: Path, config: ExpertConfig) -> None:
@@ -161,9 +255,9 @@ def write_card(folder: Path, card: ExpertCard) -> None:
     write_atomically(folder / "expert.json", card.model_dump_json(indent=1).encode() + b"\n")
 
 
-def _new_card(request: Request, manifest: Manifest) -> ExpertCard:
+def _new_card(request: Request, manifest: Manifest, start: Start) -> ExpertCard:
     config, known = request.config, manifest.settings
-    unet_config = read_unet_config(request.model / "unet")
+    unet_config = read_unet_config(start.unet)
     facts = ExpertFacts(
         name=config.name,
         low=config.timesteps.low,
@@ -174,7 +268,12 @@ def _new_card(request: Request, manifest: Manifest) -> ExpertCard:
         aesthetic_score=config.loss.aesthetic_score,
         negative_aesthetic_score=config.loss.negative_aesthetic_score,
         precision=config.precision,
-        start_model_digest=unet_digest(request.model / "unet"),
+        start_model_digest=unet_digest(start.unet),
+        base_model=model_name(request.model),
+        base_licence=read_licence(request.model),
+        trainable=config.trainable,
+        adapter=config.adapter.facts() if config.adapter else None,
+        start=start.facts,
         manifests=(ManifestUse(name=manifest.name, digest=manifest.digest, from_step=0, from_epoch=0),),
     )
     return ExpertCard(contract=_contract(config, manifest, facts), facts=facts)
@@ -194,7 +293,11 @@ def _contract(config: ExpertConfig, manifest: Manifest, facts: ExpertFacts) -> P
 
 def _changes(old: ExpertConfig, new: ExpertConfig) -> dict[str, tuple[Any, Any]]:
     before, after = (flatten(config.model_dump(mode="json")) for config in (old, new))
-    return {key: (before.get(key), after[key]) for key in after if before.get(key) != after[key]}
+    keys = [
+        *before,
+        *(key for key in after if key not in before),
+    ]  # a table that may be unset has keys only where it is
+    return {key: (before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)}
 
 
 def _refuse_changes(folder: Path, changes: dict[str, tuple[Any, Any]]) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from shared.conditioning import Layout, PromptEmbeds, layout_embeds, layout_time_ids
 from shared.errors import ContractError, DataError
 from shared.weights import find_weights, read_component_config, weights_digest, weights_variant
+from trainer.adapter import use_adapter
 
 # Settings that change what the same tensors compute, with the defaults of versions that do not write them.
 _SETTINGS = {
@@ -74,6 +75,14 @@ def load_unet(folder: Path, device: torch.device, dtype: torch.dtype = torch.flo
     return unet.to(device).eval()
 
 
+def unet_on_meta(config: dict[str, Any], dtype: torch.dtype = torch.float32) -> Any:
+    """A UNet of these settings without weights, to be counted and measured."""
+    from diffusers import UNet2DConditionModel
+
+    with torch.device("meta"):
+        return UNet2DConditionModel.from_config(config).to(dtype)
+
+
 @dataclass(frozen=True)
 class ConditionedUnet:
     """A UNet behind SDXL-layout inputs: text and time_ids are cut to what its own layout takes."""
@@ -81,6 +90,13 @@ class ConditionedUnet:
     unet: Any
     layout: Layout
     refiner_width: int  # columns of prompt_embeds that are the second text encoder's
+    adapter: str | None = None  # of several on one UNet, the one that is meant
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of its weights."""
+        dtype: torch.dtype = next(iter(self.unet.parameters())).dtype
+        return dtype
 
     def __call__(self, x: Tensor, t: Tensor, text: PromptEmbeds, time_ids: Tensor, aesthetic_score: float) -> Tensor:
         """Output [B, 4, h, w] at x [B, 4, h, w] and t [B], for SDXL-layout text and time_ids [B, 6].
@@ -91,6 +107,8 @@ class ConditionedUnet:
             "text_embeds": text.pooled_prompt_embeds.to(x.dtype),
             "time_ids": layout_time_ids(self.layout, time_ids, aesthetic_score),
         }
+        if self.adapter is not None:
+            use_adapter(self.unet, self.adapter)
         states = layout_embeds(self.layout, text.prompt_embeds, self.refiner_width).to(x.dtype)
         output: Tensor = self.unet(x, t, encoder_hidden_states=states, added_cond_kwargs=added, return_dict=False)[0]
         return output

@@ -25,7 +25,7 @@ from trainer.loop import train_expert
 from trainer.run import Request
 
 BUILD = ("images.resolution=64", "images.step=16", "split.eval_fraction=0.1")
-TRAIN = ("steps=4", "batch=2", "checkpoint.every=2", "log.every=1", "log.tensorboard=false", "ema.decay=0.9")
+TRAIN = ("steps=4", "batch=2", "checkpoint.every=2", "log.every=1", "log.trackers=[]", "ema.decay=0.9")
 OBJECTIVE = (
     "optimizer.learning_rate=1e-3",
     "schedule.prediction_type=v_prediction",
@@ -79,13 +79,13 @@ class World:
 class Command:
     """A command in a process of its own."""
 
-    def __init__(self, name: str, arguments: list[str], stderr: Path) -> None:
+    def __init__(self, name: str, arguments: list[str], stderr: Path, environment: dict[str, str]) -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(
             ["diffusers.models.unets.unet_2d_condition", "trainer.loop", "trainer.cli", "cache_builder.build"]
         )
         self._stderr = stderr
-        given = {"COMMAND": name, "ARGUMENTS": arguments, "STDERR": str(stderr)}
+        given = {"COMMAND": name, "ARGUMENTS": arguments, "STDERR": str(stderr), "ENVIRONMENT": environment}
         self.process = context.Process(target=runpy.run_path, args=(str(WORKER), given))
         self.process.start()
 
@@ -144,8 +144,10 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Command]]:
     """Starts commands; those that still run at the end of the test are killed."""
     begun: list[Command] = []
 
-    def begin(name: str, arguments: list[str], stderr: str = "stderr.txt") -> Command:
-        begun.append(Command(name, arguments, tmp_path / stderr))
+    def begin(
+        name: str, arguments: list[str], stderr: str = "stderr.txt", environment: dict[str, str] | None = None
+    ) -> Command:
+        begun.append(Command(name, arguments, tmp_path / stderr, environment or {}))
         return begun[-1]
 
     yield begin

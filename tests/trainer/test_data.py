@@ -19,8 +19,10 @@ from shared.record import encode_record
 from shared.store import StoreReader, StoreWriter
 from trainer.batch import Batch
 from trainer.data import BatchReader, prefetch
+from trainer.data_config import DataConfig
 from trainer.loop import train_expert
 from trainer.sampler import MicroBatch, Order
+from trainer.view import view_of
 
 Corrupt = list[tuple[str, str]]
 
@@ -37,6 +39,8 @@ def reader_of(
     return BatchReader(
         store,
         manifest,
+        view_of(manifest, DataConfig()),
+        captions="random",
         seed=seed,
         caption_dropout=dropout,
         null_prompt=null,
@@ -107,7 +111,7 @@ def test_tensors_that_the_trainer_does_not_know_are_passed_over(world: Any, tmp_
 @pytest.mark.parametrize("null", ["zeros", "encoded"])
 def test_dropout_takes_the_caption_and_nothing_else(world: Any, null: NullPrompt) -> None:
     manifest = open_manifest(world.store, "main")
-    order = Order(manifest.buckets("train"), 3, 0)
+    order = Order(view_of(manifest, DataConfig()), 3, 0)
     with StoreReader(world.store) as store:
         with store.snapshot() as snapshot:
             empty = snapshot.read(bytes.fromhex(manifest.settings.null_text_key)).tensors
@@ -221,7 +225,7 @@ def test_a_run_logs_one_damaged_record_and_stops_at_two(
 ) -> None:
     own = world.copy(tmp_path / "store")
     manifest = open_manifest(own.store, "main")
-    order = Order(manifest.buckets("train"), 2, 0)
+    order = Order(view_of(manifest, DataConfig()), 2, 0)
     drawn = [row for i in range(4) for row in order[i].rows]
     keys = [row.variants[0].latent_key for row in manifest.rows(drawn)]
     damage(own.store, [keys[2]])

@@ -10,10 +10,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from shared.errors import CheckpointError, DataError
-from trainer.config import OptimizerConfig
 from trainer.ema import Ema
 from trainer.loop import train_expert
 from trainer.optim import Optimizer
+from trainer.optimizer_config import OptimizerConfig
 
 BAD, GOOD = torch.tensor(1.0), torch.tensor(0.0)
 
@@ -254,3 +254,32 @@ def test_a_run_skips_and_counts_and_gives_up(
     # The count goes on where it stood.
     with pytest.raises(DataError, match="giving up at 3"):
         train_expert(bad.request(run, "steps=6", "optimizer.max_skipped=2", "checkpoint.every=2"))
+
+
+def test_an_average_in_the_background_is_the_same_average() -> None:
+    model = layers()
+    beside, behind = Ema(model, 0.9), Ema(model, 0.9, in_background=True)
+    for step in range(5):
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight.add_(0.1 * step)
+        beside.update()
+        behind.update()
+        with torch.no_grad():  # what comes after an update is not part of it
+            for weight in model.parameters():
+                weight.mul_(1.01)
+    assert same(beside.state_dict(), behind.state_dict())
+    again = Ema(model, 0.9, updates=5, in_background=True)
+    again.load(copies(behind.state_dict()))
+    for ema in (beside, again):
+        ema.update()
+    assert same(beside.state_dict(), again.state_dict())
+
+
+def test_what_goes_wrong_in_the_background_is_raised() -> None:
+    ema = Ema(model_of(1.0, 2.0), 0.9, in_background=True)
+    ema.update()
+    ema.state_dict()["weight"].resize_(7)
+    ema.update()
+    with pytest.raises(RuntimeError):
+        ema.update()

@@ -24,9 +24,10 @@ from shared.progress import say
 from shared.record import decode_record
 from shared.schedule import NoiseSchedule, TimestepRange, scaled_linear_betas
 from trainer.batch import Batch
-from trainer.config import OptimizerConfig
+from trainer.config import LossConfig
 from trainer.loss import DenoisingLoss
 from trainer.optim import Optimizer
+from trainer.optimizer_config import OptimizerConfig
 from trainer.unet import ConditionedUnet, choose_layout
 
 pytestmark = pytest.mark.slow
@@ -126,7 +127,7 @@ def test_one_training_step(
     time_ids = MicroConditioning((300, 400), (0, 21), (256, 256)).time_ids()[None]
     batch = Batch(moments, text, time_ids, [(0, 0)])
     schedule = NoiseSchedule(scaled_linear_betas(1000, 0.00085, 0.012), zero_terminal_snr=True)
-    loss = DenoisingLoss(schedule, TimestepRange(350, 1000), "v_prediction", 0.13025, None, seed=0)
+    loss = DenoisingLoss(schedule, TimestepRange(350, 1000), "v_prediction", 0.13025, LossConfig(), seed=0)
     model = ConditionedUnet(unet, layout, 1280)
 
     def predict(x: Tensor, t: Tensor, text: PromptEmbeds, ids: Tensor) -> Tensor:

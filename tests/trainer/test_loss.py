@@ -17,11 +17,14 @@ from shared.schedule import NoiseSchedule, PredictionType, TimestepRange, scaled
 from shared.store import StoreReader
 from trainer.batch import Batch
 from trainer.checkpoint import read_tensors
+from trainer.config import LossConfig
 from trainer.data import BatchReader
+from trainer.data_config import DataConfig
 from trainer.loop import train_expert
 from trainer.loss import DenoisingLoss, place_noise
 from trainer.sampler import MicroBatch
 from trainer.unet import ConditionedUnet, load_unet
+from trainer.view import view_of
 
 PLACES = [(0, 3), (0, 9), (4, 1)]
 WHOLE = TimestepRange(0, 1000)
@@ -38,7 +41,8 @@ def alpha_sigma(t: int) -> tuple[float, float]:
 
 def objective(prediction_type: PredictionType = "epsilon", gamma: float | None = None, seed: int = 0) -> DenoisingLoss:
     schedule = NoiseSchedule(scaled_linear_betas(1000, 0.00085, 0.012))
-    return DenoisingLoss(schedule, WHOLE, prediction_type, 0.5, gamma, seed)
+    settings = LossConfig(min_snr_gamma=gamma)
+    return DenoisingLoss(schedule, WHOLE, prediction_type, 0.5, settings, seed)
 
 
 def batch_of(mean: Tensor, logvar: Tensor | None, places: list[tuple[int, int]]) -> Batch:
@@ -137,7 +141,15 @@ def four(world: Any) -> Iterator[tuple[Any, list[Batch]]]:
     rows = tuple(int(row) for row in bucket.rows[:4])
     with StoreReader(world.store) as store:
         reader = BatchReader(
-            store, manifest, seed=0, caption_dropout=0.5, null_prompt="zeros", pin_memory=False, on_corrupt=print
+            store,
+            manifest,
+            view_of(manifest, DataConfig()),
+            captions="random",
+            seed=0,
+            caption_dropout=0.5,
+            null_prompt="zeros",
+            pin_memory=False,
+            on_corrupt=print,
         )
         micros = [(rows, 0), (rows[:2], 0), (rows[2:], 2)]
         yield (

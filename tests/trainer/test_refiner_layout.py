@@ -12,10 +12,12 @@ from shared.errors import ContractError
 from shared.manifest import open_manifest
 from shared.store import StoreReader
 from trainer.data import BatchReader
+from trainer.data_config import DataConfig
 from trainer.generate import GenerateRequest, generate, open_expert
 from trainer.loop import train_expert
 from trainer.sampler import MicroBatch
 from trainer.unet import ConditionedUnet, choose_layout, load_unet, read_unet_config
+from trainer.view import view_of
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +48,15 @@ def test_it_is_fed_the_last_columns_and_five_ids(world: Any, refiner_model: Path
     bucket = manifest.buckets("train")[0]
     with StoreReader(world.store) as store:
         reader = BatchReader(
-            store, manifest, seed=0, caption_dropout=0, null_prompt="encoded", pin_memory=False, on_corrupt=print
+            store,
+            manifest,
+            view_of(manifest, DataConfig()),
+            captions="first",
+            seed=0,
+            caption_dropout=0,
+            null_prompt="encoded",
+            pin_memory=False,
+            on_corrupt=print,
         )
         batch = reader.read(MicroBatch(bucket.hw, tuple(bucket.rows[:2].tolist()), 0, 0))
     unet = load_unet(refiner_model / "unet", torch.device("cpu"))

@@ -80,7 +80,7 @@ def test_three_epochs_with_two_kills(
 
 
 def test_under_muon_a_run_goes_on_bit_for_bit(world: Any, files_of: Files, tmp_path: Path) -> None:
-    sets = ("batch=2", "optimizer.name=muon", "checkpoint.every=3", "log.tensorboard=false")
+    sets = ("batch=2", "optimizer.name=muon", "checkpoint.every=3", "log.trackers=[]")
     train_expert(world.request(tmp_path / "unbroken", "steps=6", *sets))
     train_expert(world.request(tmp_path / "broken", "steps=3", *sets))
     train_expert(world.request(tmp_path / "broken", "steps=6", *sets))

@@ -18,6 +18,7 @@ from tests.pictures import write_shapes
 from trainer.checkpoint import newest_checkpoint
 from trainer.loop import train_expert
 from trainer.run import make_order, open_run
+from trainer.view import view_of
 
 Events = Callable[..., list[dict[str, Any]]]
 
@@ -220,7 +221,7 @@ def test_moving_on_begins_a_new_epoch_and_is_logged(
     again = open_run(small(own, run, "steps=6"))
     again.close()
     assert len(again.manifest) == 60
-    assert make_order(again)[0].epoch == 1
+    assert make_order(again, view_of(again.manifest, again.config.data))[0].epoch == 1
 
 
 @pytest.mark.parametrize("other", ["text.chunks=2", "vae", "text_encoder_2"])

@@ -1,10 +1,12 @@
 """The other processes of the trainer's tests: a command line in a process of its own, one thread, warnings are errors.
 
 Run by runpy in a process forked from a server that has torch and diffusers imported already, which saves seconds each
-time. The globals it is given are COMMAND ("train-expert" or "cache-build"), ARGUMENTS and STDERR, a file's path.
+time. The globals it is given are COMMAND ("train-expert" or "cache-build"), ARGUMENTS, STDERR, a file's path, and
+ENVIRONMENT.
 """
 
 import os
+import resource
 import warnings
 from typing import Any
 
@@ -24,6 +26,9 @@ def _command(name: str) -> Any:
 
 
 given: dict[str, Any] = globals()
+os.environ.update(given["ENVIRONMENT"])
+if "LIMIT" in given["ENVIRONMENT"]:  # bytes that a file may have: stands in for a full disk
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(given["ENVIRONMENT"]["LIMIT"]), resource.RLIM_INFINITY))
 os.dup2(os.open(given["STDERR"], os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
 os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 warnings.simplefilter("error")

@@ -1,0 +1,148 @@
+"""Several processes that train one expert together: torch's DDP, begun by `torchrun` or `accelerate launch`.
+
+    one run for all -> each takes its share of every optimizer step -> gradients are averaged -> all step alike
+
+The first process alone holds the run folder, writes and speaks; the others do as it says. Without a launcher there is
+one process and nothing of this: no group, no message. The door to accelerate's process state.
+"""
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+
+from shared.device import choose_device
+from shared.errors import ConfigError, ExpertsError, Stopped
+from shared.progress import say
+
+PATIENCE = timedelta(minutes=30)  # the others wait so long while the first saves a checkpoint
+LOST = "another process of this run ended: its own line says why; the same command goes on"
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among those that train one expert together."""
+
+    index: int
+    count: int
+    device: torch.device
+    group: Any = None  # for messages between hosts, over gloo; None where there is one process
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes and speaks."""
+        return self.index == 0
+
+    def share(self, accumulation: int) -> int:
+        """How many micro-batches of each optimizer step are its own; raises ConfigError where they cannot be shared."""
+        if accumulation % self.count:
+            raise ConfigError(
+                f"accumulation {accumulation} is not a multiple of {self.count} processes: it counts the micro-batches "
+                "of an optimizer step over all processes, and each takes equally many"
+            )
+        return accumulation // self.count
+
+    def wrap(self, unet: nn.Module) -> nn.Module:
+        """What to call in place of `unet`, so that its gradients become the mean over all processes."""
+        if self.count == 1:
+            return unet
+        devices = [self.device] if self.device.type == "cuda" else None
+        return nn.parallel.DistributedDataParallel(unet, device_ids=devices, gradient_as_bucket_view=True)
+
+    def averaging(self, model: nn.Module, now: bool) -> AbstractContextManager[None]:
+        """Around a forward and a backward pass: average gradients in it, or gather them for a later one."""
+        return nullcontext() if now or self.count == 1 else model.no_sync()  # type: ignore[operator]
+
+    def total(self, values: Tensor) -> Tensor:
+        """The sum of a tensor over all processes."""
+        if self.count == 1:
+            return values
+        total = values.detach().clone()
+        distributed.all_reduce(total)
+        return total
+
+    def mean(self, values: Tensor) -> Tensor:
+        """The mean of a tensor over all processes."""
+        return self.total(values) / self.count
+
+    def any(self, flag: bool) -> bool:
+        """Whether any process says so; all of them learn it."""
+        if self.count == 1:
+            return flag
+        said = torch.tensor([float(flag)])
+        distributed.all_reduce(said, op=distributed.ReduceOp.MAX, group=self.group)
+        return bool(said.item())
+
+    def tell(self, message: dict[str, Any] | None = None) -> dict[str, Any]:
+        """What the first process says to all, as JSON; the others leave `message` out."""
+        data = json.dumps(message).encode()
+        size = torch.tensor([len(data)])
+        distributed.broadcast(size, 0, group=self.group)
+        content = torch.frombuffer(bytearray(data.ljust(int(size))), dtype=torch.uint8)[: int(size)].clone()
+        distributed.broadcast(content, 0, group=self.group)
+        told: dict[str, Any] = json.loads(bytes(content.tolist()))
+        return told
+
+
+@contextmanager
+def joined(device: str) -> Iterator[Processes]:
+    """The processes of the launcher that began this one, or this one alone; `device` is the setting.
+
+    Every error of another than the first names the process.
+    """
+    if _asked_for() == 1:
+        if os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true" and "WORLD_SIZE" not in os.environ:
+            say("accelerate launch --cpu begins one process, whatever --num_processes says: torchrun begins several")
+        yield Processes(0, 1, choose_device(device))
+        return
+    processes = _join(device)
+    try:
+        with nullcontext() if processes.is_first else _silence():
+            yield processes
+    except ExpertsError as error:
+        if processes.is_first:
+            raise
+        raise type(error)(f"process {processes.index}: {error}") from None
+    except RuntimeError as error:
+        if not _is_loss_of_another(error):
+            raise
+        raise Stopped(LOST if processes.is_first else f"process {processes.index}: {LOST}") from error
+    finally:
+        with contextlib.suppress(RuntimeError):
+            distributed.destroy_process_group()
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """What is said of the run, the first process says; errors are told after this."""
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
+        yield
+
+
+def _asked_for() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _join(device: str) -> Processes:
+    from accelerate import PartialState
+
+    if ":" in device:
+        raise ConfigError(f"--device {device}: several processes take a device each; name its kind alone, or auto")
+    chosen = choose_device(device)
+    if chosen.type == "mps":
+        raise ConfigError("--device mps is one device: several processes need cuda or cpu")
+    state = PartialState(cpu=chosen.type == "cpu", timeout=PATIENCE)
+    group = distributed.new_group(backend="gloo", timeout=PATIENCE)
+    return Processes(state.process_index, state.num_processes, state.device, group)
+
+
+def _is_loss_of_another(error: RuntimeError) -> bool:
+    """Whether torch says that a message found no other end; gloo throws what has no class of its own."""
+    return isinstance(error, distributed.DistError) or "gloo" in str(error)
