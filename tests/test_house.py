@@ -200,3 +200,10 @@ def test_no_exception_is_swallowed_whole(path: Path) -> None:
 
 def test_tests_are_no_packages() -> None:
     assert list((ROOT / "tests").rglob("__init__.py")) == []
+
+
+def test_no_file_keeps_the_marks_of_a_merge() -> None:
+    marks = subprocess.run(
+        ["git", "grep", "-lE", "^(<{7}|>{7}) "], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert marks.stdout == ""
