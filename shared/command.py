@@ -4,6 +4,7 @@
 """
 
 import functools
+import logging
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -24,6 +25,8 @@ def run_command(
 
     Several functions are subcommands by their names; `about` is then what the whole is for.
     """
+    # diffusers and peft import bitsandbytes wherever it is, which then tells what of it this machine cannot use.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=about or None)
     if isinstance(function, Mapping):
         for name, each in function.items():

@@ -123,7 +123,6 @@ def test_an_interrupt_is_one_line_and_loses_nothing(
     store, everything = tmp_path / "store", undisturbed.latents | undisturbed.texts
     running = commands.start_build(undisturbed.folder, store, tiny_model, *ONE_BY_ONE)
     wait_until(lambda: "VAE" in running.err.read_text(), running)
-    time.sleep(0.1)
     os.kill(running.pid, signal.SIGINT)
     done = running.finish()
     assert done.code == 75

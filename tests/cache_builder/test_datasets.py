@@ -21,7 +21,9 @@ from shared.store import StoreReader
 from tests.datasets import Item, jsonl, write_as, write_folder, write_parquet, write_tar
 from tests.pictures import write_shapes
 from trainer.data import BatchReader
+from trainer.data_config import DataConfig
 from trainer.sampler import MicroBatch
+from trainer.view import view_of
 
 TOML = """
 [images]
@@ -137,7 +139,9 @@ def test_a_trainer_reads_what_has_columns_of_its_own(place: Path, tmp_path: Path
     options: dict[str, Any] = {"seed": 0, "caption_dropout": 0.0, "null_prompt": "zeros", "pin_memory": False}
     read = 0
     with StoreReader(tmp_path / "store") as store:
-        reader = BatchReader(store, manifest, on_corrupt=lambda path, why: pytest.fail(f"{path}: {why}"), **options)
+        pools = view_of(manifest, DataConfig())
+        options |= {"captions": "random", "on_corrupt": lambda path, why: pytest.fail(f"{path}: {why}")}
+        reader = BatchReader(store, manifest, pools, **options)
         for bucket in manifest.buckets():
             batch = reader.read(MicroBatch(bucket.hw, tuple(int(row) for row in bucket.rows), 0, 0))
             read += len(batch.time_ids)

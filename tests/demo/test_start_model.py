@@ -13,11 +13,14 @@ import torch
 from diffusers import UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import load_file
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from demo.model_card import GUIDANCE, measure_clip, measure_vae
 from demo.pipeline import draw_with_pipeline
 from demo.prompts import PICTURE_HW, make_prompts
+from demo.scene import KINDS
 from demo.score import Judged, judge_pictures, score, score_sets
+from demo.train_clip import tokenize
 from demo.train_tiny import _write_index, unet_config
 
 MODEL = Path(__file__).parents[2] / "demo" / "model"
@@ -69,7 +72,20 @@ def test_the_vae_keeps_what_pictures_show(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_the_clip_tells_pictures_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("demo.model_card.RETRIEVED", 64)
-    assert min(measure_clip(MODEL).values()) >= 0.9
+    found = measure_clip(MODEL)
+    assert min(found["caption_found"], found["picture_found"]) >= 0.9
+    assert found["kind_found"] >= 0.85
+
+
+def test_text_embeds_tell_every_kind_from_every_other() -> None:
+    """Else no UNet can: where two kinds had nearly one vector, stars came out as triangles."""
+    captions = [f"a small red {kind} at the left on sand" for kind in KINDS]
+    for name, model_class in (("text_encoder", CLIPTextModel), ("text_encoder_2", CLIPTextModelWithProjection)):
+        encoder = model_class.from_pretrained(MODEL / name, use_safetensors=True, dtype=torch.float32)
+        with torch.inference_mode():
+            embeds = encoder(tokenize(captions), output_hidden_states=True).hidden_states[-2].flatten(1)
+        apart = torch.pdist(embeds).min() / embeds.norm(dim=1).mean()
+        assert apart >= 0.2
 
 
 @pytest.fixture(scope="module")
@@ -86,13 +102,13 @@ def test_it_draws_what_is_asked(pictures: list[Image.Image]) -> None:
     for name in ("one", "held out"):
         assert sets[name].colour >= 0.75
         assert sets[name].count >= 0.75
-        assert sets[name].position >= 0.5
-    assert sets["one"].follows + sets["held out"].follows >= 0.3  # 0.96 over 200 pictures
+        assert sets[name].position >= 0.75
+    assert sets["one"].follows + sets["held out"].follows >= 1.2  # 1.80 over 200 pictures
     everything = score(judged(pictures, PROMPTS))
     assert everything.ground >= 0.9
     assert everything.sharpness >= 0.55
     assert everything.clip is not None
-    assert everything.clip >= 85
+    assert everything.clip >= 78  # 86 over 300 pictures
 
 
 def test_a_wrong_null_prompt_shows_at_once(tmp_path: Path) -> None:

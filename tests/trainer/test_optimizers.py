@@ -296,7 +296,8 @@ def test_steps_in_the_backward_pass_are_the_same_steps(
     sets = ("steps=4", "batch=1", "optimizer.rate.warmup_steps=3")
     train_expert(world.request(tmp_path / "after", *sets, FUSED[0], FUSED[2]))
     train_expert(world.request(tmp_path / "within", *sets, *FUSED))
-    assert files_of(tmp_path / "within", 4) == files_of(tmp_path / "after", 4)
+    within, after = (files_of(tmp_path / run, 4) for run in ("within", "after"))
+    assert {name for name in within if within[name] != after[name]} == {"README.md"}  # which tells the setting
     norms = [[event["grad_norm"] for event in events(tmp_path / run, "step")] for run in ("within", "after")]
     assert norms[0] == pytest.approx(norms[1], rel=0.01)
 
