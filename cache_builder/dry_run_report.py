@@ -7,7 +7,8 @@ from typing import Any
 from cache_builder.rehearsal import Timing
 from cache_builder.report import BuildReport
 from cache_builder.scan import Sample
-from cache_builder.store_text import size_text, table
+from cache_builder.store_text import table
+from shared.amounts import duration_text, size_text
 from shared.command import one_line
 from shared.errors import ExpertsError
 
@@ -118,11 +119,3 @@ class DryRunReport:
         if not self.refusals:
             lines.append(f"manifest {self.account.manifest} would be sealed")
         return lines
-
-
-def duration_text(seconds: float) -> str:
-    """A duration in its two largest units: 3 h 20 min."""
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"

@@ -8,21 +8,10 @@ from cache_builder.show import Shown
 from cache_builder.stats import ManifestStats, StoreStats
 from cache_builder.store_copy import CopyReport
 from cache_builder.verify import Verdict
+from shared.amounts import size_text
 from shared.command import one_line
 
 LISTED = 20
-
-
-def size_text(size_bytes: float) -> str:
-    """Bytes in binary units: 566.5 KiB."""
-    units = ("KiB", "MiB", "GiB", "TiB")
-    if size_bytes < 1024:
-        return f"{size_bytes:.0f} B"
-    for unit in units:
-        size_bytes /= 1024
-        if size_bytes < 1024 or unit == units[-1]:
-            break
-    return f"{size_bytes:.1f} {unit}"
 
 
 def table(rows: Sequence[Sequence[object]], left: Iterable[int] = (0,)) -> list[str]:

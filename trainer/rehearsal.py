@@ -6,7 +6,6 @@ request -> the run it would open -> its view and order -> memory counted, a few 
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import islice
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shared.amounts import duration_text, size_text
 from shared.device import choose_device
 from shared.errors import StoreFull
 from shared.progress import say
@@ -27,6 +27,7 @@ from trainer.loop import predict_in_precision
 from trainer.loss import DenoisingLoss
 from trainer.memory import count_memory, pass_on_meta, state_bytes
 from trainer.optim import Optimizer
+from trainer.rotation import WITH_OPTIMIZER
 from trainer.run import Prospect, Request, look_at_run
 from trainer.sampler import Order, Pool
 from trainer.trained import load_trained
@@ -34,7 +35,6 @@ from trainer.unet import ConditionedUnet
 from trainer.view import view_of
 
 WARM_UP, TIMED = 1, 3  # optimizer steps
-WITH_OPTIMIZER = 2  # checkpoints that keep the optimizer's state
 
 
 @dataclass(frozen=True)
@@ -73,15 +73,15 @@ class Rehearsal:
         """For people."""
         buckets = ", ".join(f"{name} ({count})" for name, count in self.buckets.items())
         begins = f"goes on after step {self.goes_on_after}" if self.goes_on_after else "begins"
-        timing = "" if self.step_s is None else f"{_duration(self.step_s)} a step, {_duration(self.left_s or 0)} left"
+        timing = "" if self.step_s is None else f"{self.step_s:.2f} s a step, {duration_text(self.left_s or 0)} left"
         return [
             f"{self.name}: timesteps {self.timesteps}, {begins}, {self.steps} steps",
             f"samples      {self.samples} of {self.samples_in_manifest}; buckets {buckets}",
             f"epochs       {self.epochs:.1f}, of {self.steps_per_epoch:.1f} steps",
             f"parameters   {self.parameters_trained / 1e6:.2f} M trained of {self.parameters / 1e6:.2f} M",
-            f"memory       {_size(self.memory_bytes)} on {self.device}, counted for the largest bucket",
-            f"disk         {_size(self.checkpoint_bytes)} a checkpoint, {_size(self.kept_bytes)} for those kept; "
-            f"{_size(self.bytes_free)} free",
+            f"memory       {size_text(self.memory_bytes)} on {self.device}, counted for the largest bucket",
+            f"disk         {size_text(self.checkpoint_bytes)} a checkpoint, {size_text(self.kept_bytes)} for all kept; "
+            f"{size_text(self.bytes_free)} free",
             *([f"time         {timing}"] if timing else []),
             *(f"note: {note}" for note in self.notes),
         ]
@@ -119,7 +119,7 @@ def rehearse(request: Request, *, with_timing: bool = True) -> Rehearsal:
         parameters=sum(p.numel() for p in parameters),
         parameters_trained=sum(p.numel() for p in trained),
         device=str(device),
-        step_s=_time(request, found, pools, unet.to(device), device) if with_timing else None,
+        step_s=_time(request, found, pools, device) if with_timing else None,
         memory_bytes=_memory(config, found, pools, unet),
         checkpoint_bytes=whole + averaged + state,
         kept_bytes=keeps * (whole + averaged) + min(keeps, WITH_OPTIMIZER) * state,
@@ -132,8 +132,8 @@ def require_room(report: Rehearsal, output: Path) -> None:
     """Raises StoreFull where the checkpoints that are kept do not fit the disk."""
     if report.goes_on_after == 0 and report.kept_bytes > report.bytes_free:
         raise StoreFull(
-            f"{output}: {_size(report.kept_bytes)} of checkpoints would be kept, {_size(report.bytes_free)} are free: "
-            "free some, or lower checkpoint.keep"
+            f"{output}: {size_text(report.kept_bytes)} of checkpoints would be kept, "
+            f"{size_text(report.bytes_free)} are free: free some, or lower checkpoint.keep"
         )
 
 
@@ -157,9 +157,13 @@ def _memory(config: ExpertConfig, found: Prospect, pools: list[Pool], unet: Any)
     return count_memory(meta, config, pass_on_meta(meta, config, found.manifest.settings, largest)).total
 
 
-def _time(request: Request, found: Prospect, pools: list[Pool], unet: Any, device: torch.device) -> float:
-    """Seconds of an optimizer step, of a few that are really taken on the first micro-batches, in memory alone."""
+def _time(request: Request, found: Prospect, pools: list[Pool], device: torch.device) -> float:
+    """Seconds of an optimizer step, of a few that are really taken on the first micro-batches, in memory alone.
+
+    The UNet is one of its own: an optimizer may leave hooks on it, which counting memory must not meet.
+    """
     config, settings = request.config, found.manifest.settings
+    unet = load_trained(config, found.start, found.checkpoint, device)
     loss = DenoisingLoss(
         found.card.contract.schedule(device),
         config.range,
@@ -209,23 +213,3 @@ def _now_s(device: torch.device) -> float:
 def _there(folder: Path) -> Path:
     """The nearest folder that exists."""
     return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "KB", "MB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}"
-        count /= 1000
-    return f"{count:.1f} GB"
-
-
-def _duration(seconds: float) -> str:
-    parts: list[tuple[float, str, Callable[[float], str]]] = [
-        (86_400, "days", lambda value: f"{value:.1f}"),
-        (3600, "h", lambda value: f"{value:.1f}"),
-        (60, "min", lambda value: f"{value:.0f}"),
-    ]
-    for size, unit, write in parts:
-        if seconds >= 2 * size:
-            return f"{write(seconds / size)} {unit}"
-    return f"{seconds:.2f} s"

@@ -13,7 +13,7 @@ from cache_builder import dry_run as dry
 from cache_builder.build import BuildOptions, build
 from cache_builder.config import BuildConfig
 from cache_builder.datasets import choose_datasets, open_sources
-from cache_builder.dry_run_report import duration_text
+from shared.amounts import duration_text
 from shared.config import load_config
 from shared.errors import ConfigError
 from shared.store import StoreWriter

@@ -50,6 +50,14 @@ def test_less_is_trained_where_less_is_asked(world: Any, tmp_path: Path) -> None
     assert whole.step_s is None
 
 
+def test_steps_within_the_backward_pass_are_timed_and_counted_too(world: Any, tmp_path: Path) -> None:
+    fused = ("precision=bf16-lean", "optimizer.fused_backward=true", "optimizer.clip_norm=0")
+    told = rehearse(world.request(tmp_path / "run", *fused))
+    assert told.step_s
+    after = rehearse(world.request(tmp_path / "run", fused[0]), with_timing=False)
+    assert told.memory_bytes < after.memory_bytes
+
+
 def test_it_refuses_what_the_run_would(world: Any, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no data set 'photo'"):
         rehearse(world.request(tmp_path / "run", "data.keep.datasets=['photo']"), with_timing=False)
