@@ -9,9 +9,12 @@ one process and nothing of this: no group, no message. The door to accelerate's 
 import contextlib
 import json
 import os
+import time
+import traceback
+import weakref
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
@@ -23,6 +26,7 @@ from shared.errors import ConfigError, ExpertsError, Stopped
 from shared.progress import say
 
 PATIENCE = timedelta(minutes=30)  # the others wait so long while the first saves a checkpoint
+REST_S = 10.0  # the most that a thread of gloo may take to let go of what it has sent
 LOST = "another process of this run ended: its own line says why; the same command goes on"
 
 
@@ -34,6 +38,7 @@ class Processes:
     count: int
     device: torch.device
     group: Any = None  # for messages between hosts, over gloo; None where there is one process
+    _sent: list["weakref.ref[Tensor]"] = field(default_factory=list)
 
     @property
     def is_first(self) -> bool:
@@ -64,7 +69,7 @@ class Processes:
         """The sum of a tensor over all processes."""
         if self.count == 1:
             return values
-        total = values.detach().clone()
+        total = self._noted(values.detach().clone())
         distributed.all_reduce(total)
         return total
 
@@ -76,19 +81,37 @@ class Processes:
         """Whether any process says so; all of them learn it."""
         if self.count == 1:
             return flag
-        said = torch.tensor([float(flag)])
+        said = self._noted(torch.tensor([float(flag)]))
         distributed.all_reduce(said, op=distributed.ReduceOp.MAX, group=self.group)
         return bool(said.item())
 
     def tell(self, message: dict[str, Any] | None = None) -> dict[str, Any]:
         """What the first process says to all, as JSON; the others leave `message` out."""
         data = json.dumps(message).encode()
-        size = torch.tensor([len(data)])
+        size = self._noted(torch.tensor([len(data)]))
         distributed.broadcast(size, 0, group=self.group)
-        content = torch.frombuffer(bytearray(data.ljust(int(size))), dtype=torch.uint8)[: int(size)].clone()
+        padded = torch.frombuffer(bytearray(data.ljust(int(size))), dtype=torch.uint8)
+        content = self._noted(padded[: int(size)].clone())
         distributed.broadcast(content, 0, group=self.group)
         told: dict[str, Any] = json.loads(bytes(content.tolist()))
         return told
+
+    def rest(self) -> None:
+        """Return once no thread of gloo holds a message any more; call it before the groups are let go of.
+
+        Such a thread lets go of a tensor under Python's lock, some time after the message has come. The end of a group
+        waits for its threads and does not give up that lock: both would wait for ever.
+        """
+        deadline_s = time.monotonic() + REST_S
+        while self._held() and time.monotonic() < deadline_s:
+            time.sleep(0.001)
+
+    def _noted(self, message: Tensor) -> Tensor:
+        self._sent[:] = [*self._held(), weakref.ref(message)]
+        return message
+
+    def _held(self) -> list["weakref.ref[Tensor]"]:
+        return [each for each in self._sent if each() is not None]
 
 
 @contextmanager
@@ -113,8 +136,10 @@ def joined(device: str) -> Iterator[Processes]:
     except RuntimeError as error:
         if not _is_loss_of_another(error):
             raise
+        traceback.clear_frames(error.__traceback__)  # they hold messages
         raise Stopped(LOST if processes.is_first else f"process {processes.index}: {LOST}") from error
     finally:
+        processes.rest()
         with contextlib.suppress(RuntimeError):
             distributed.destroy_process_group()
 

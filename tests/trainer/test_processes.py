@@ -6,6 +6,8 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -97,6 +99,26 @@ def test_a_request_to_stop_that_one_hears_ends_both_after_the_same_step(
     assert checkpoint is not None
     assert checkpoint.state.step == stopped["step"] == events(run, "step")[-1]["step"]
     assert "process 1: " in commands[1].errors()[-1]
+
+
+@pytest.mark.slow
+def test_however_they_end_none_waits_for_ever(world: Any, start: Start, tmp_path: Path) -> None:
+    """The end of a group of gloo's waits for threads that may wait for Python's lock: one in forty ends was none."""
+    for turn in range(60):
+        (tmp_path / f"run{turn}").mkdir()
+        (tmp_path / f"run{turn}" / "precious.txt").write_text("not a run")
+        commands = start_two(start, world.arguments(tmp_path / f"run{turn}", *SETS, "steps=5"))
+        assert [command.wait() for command in commands] == [64, 75]
+
+
+def test_before_the_end_it_waits_for_whoever_holds_a_message() -> None:
+    processes = Processes(0, 1, torch.device("cpu"))
+    held = [processes._noted(torch.zeros(1)) for _ in range(3)]
+    threading.Timer(0.2, held.clear).start()
+    began_s = time.monotonic()
+    processes.rest()
+    assert 0.15 < time.monotonic() - began_s < 5
+    assert not held
 
 
 def test_where_one_is_killed_the_other_ends_and_says_so(
