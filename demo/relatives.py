@@ -17,8 +17,11 @@ FULL = 0  # of a scene's captions, the one that leaves nothing out
 PATIENCE = 40  # draws after which a group is told by its full captions
 
 
-def make_relatives(seed: int, index: int, size_hw: Size) -> list[tuple[Scene, str]]:
-    """Group number `index`: GROUP scenes on one ground and a caption of each, no two captions equal."""
+def make_relatives(seed: int, index: int, size_hw: Size, twins: float = 0.0) -> list[tuple[Scene, str]]:
+    """Group number `index`: GROUP scenes on one ground and a caption of each, no two captions equal.
+
+    `twins` of them differ from the first in one thing alone: where something stands, or what stands where.
+    """
     base = make_scene(seed, index, sizes_hw=(size_hw,))
     rng = random.Random(f"relatives {seed} {index}")
     group: dict[str, Scene] = {}
@@ -26,8 +29,26 @@ def make_relatives(seed: int, index: int, size_hw: Size) -> list[tuple[Scene, st
     while len(group) < GROUP:
         style = rng.randrange(len(describe(scene))) if draws < PATIENCE else FULL
         group.setdefault(describe(scene)[style], scene)
-        scene, draws = _redraw(base, rng), draws + 1
+        scene, draws = (_turn if rng.random() < twins else _redraw)(base, rng), draws + 1
     return [(scene, caption) for caption, scene in group.items()]
+
+
+def _turn(scene: Scene, rng: random.Random) -> Scene:
+    """The same shapes elsewhere, or of two shapes the kinds, the colours or both in exchange."""
+    if len(scene.shapes) == 1 or rng.random() < 0.25:
+        places = place_shapes(len(scene.shapes), scene.size_hw, rng)
+        return replace(
+            scene, shapes=tuple(Shape(s.kind, s.colour, *p) for s, p in zip(scene.shapes, places, strict=True))
+        )
+    first, second = scene.shapes
+    kinds, colours = rng.choice(((True, True), (True, False), (False, True)))
+    changed = [
+        replace(one, kind=(other if kinds else one).kind, colour=(other if colours else one).colour)
+        for one, other in ((first, second), (second, first))
+    ]
+    if {(shape.kind, shape.colour) for shape in changed} & set(held_out_combinations()):
+        return scene
+    return replace(scene, shapes=tuple(changed))
 
 
 def _redraw(scene: Scene, rng: random.Random) -> Scene:

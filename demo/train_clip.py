@@ -6,7 +6,7 @@
 Radford et al. 2021, section 2.3: of all pictures of a batch, which is this caption's, and the other way round. The
 second text tower belongs to the CLIP; the first learns from the same pictures and keeps no projection, as in SDXL.
 First come batches of scenes that have nothing in common, then mostly batches of near relatives (demo.relatives), which
-only captions tell apart that are understood word for word.
+only captions tell apart that are understood word for word; at last of such that differ in what stands where alone.
 """
 
 import functools
@@ -25,8 +25,9 @@ from demo.relatives import GROUP, make_relatives
 from demo.scene import Scene, Size, make_scene
 from shared.seeding import make_generator
 
-PICTURES_SEED, RELATIVES_SEED = 102, 103  # no picture that it learns from is in a data set
-STRANGERS_EVERY = 4  # of so many batches in the second fit one has nothing in common
+PICTURES_SEED, RELATIVES_SEED, TWINS_SEED = 102, 103, 104  # no picture that it learns from is in a data set
+STRANGERS_EVERY = 4  # of so many batches in the later fits one has nothing in common
+TWINS = 0.6  # of the relatives in the last fit
 SIZES_HW: tuple[Size, ...] = ((64, 64), (64, 88), (88, 64))
 IMAGE_PX, PATCH_PX = 48, 8
 IMAGE_MEAN, IMAGE_STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
@@ -58,7 +59,9 @@ class TwoTexts(nn.Module):
         return sum(_contrast(pictures, text, scale) for text in texts) / len(texts)  # type: ignore[return-value]
 
 
-def train_clip(folder: Path, plan: FitPlan, close_plan: FitPlan, device: torch.device) -> dict[str, dict[str, Tensor]]:
+def train_clip(
+    folder: Path, plan: FitPlan, close_plan: FitPlan, twin_plan: FitPlan, device: torch.device
+) -> dict[str, dict[str, Tensor]]:
     """Weights, averaged, by the names that each component's class has for them; goes on with what `folder` holds."""
     torch.manual_seed(plan.seed)  # the layers of the library draw their first weights from torch's own generator
     model = TwoTexts().to(device)
@@ -68,13 +71,22 @@ def train_clip(folder: Path, plan: FitPlan, close_plan: FitPlan, device: torch.d
             value: Tensor = model(pixels.to(device), ids.to(device))
         return value
 
-    def close(step: int) -> tuple[Tensor, Tensor]:
-        is_strange = step % STRANGERS_EVERY == 0
-        return (make_batch if is_strange else make_close_batch)(RELATIVES_SEED, step, close_plan.batch)
+    def close(seed: int, step: int, count: int, twins: float) -> tuple[Tensor, Tensor]:
+        if step % STRANGERS_EVERY == 0:
+            return make_batch(seed, step, count)
+        return make_close_batch(seed, step, count, twins)
 
     averaged = fit("clip", model, lambda step: loss(*make_batch(PICTURES_SEED, step, plan.batch)), plan, folder)
-    model.load_state_dict(averaged)
-    averaged = fit("clip-close", model, lambda step: loss(*close(step)), close_plan, folder)
+    for name, then, seed, twins in (
+        ("clip-close", close_plan, RELATIVES_SEED, 0.0),
+        ("clip-twins", twin_plan, TWINS_SEED, TWINS),
+    ):
+        model.load_state_dict(averaged)
+
+        def close_loss(step: int, then: FitPlan = then, seed: int = seed, twins: float = twins) -> Tensor:
+            return loss(*close(seed, step, then.batch, twins))
+
+        averaged = fit(name, model, close_loss, then, folder)
     weights = {name: tensor.cpu() for name, tensor in averaged.items()}
     clip = {name.removeprefix("clip."): tensor for name, tensor in weights.items() if name.startswith("clip.")}
     second = ("text_model.", "text_projection.")
@@ -118,10 +130,10 @@ def make_batch(seed: int, step: int, count: int) -> tuple[Tensor, Tensor]:
     return _see(scenes), tokenize(captions)
 
 
-def make_close_batch(seed: int, step: int, count: int) -> tuple[Tensor, Tensor]:
+def make_close_batch(seed: int, step: int, count: int, twins: float = 0.0) -> tuple[Tensor, Tensor]:
     """The same of groups of relatives; `count` is a multiple of their GROUP."""
     size_hw, groups = SIZES_HW[step % len(SIZES_HW)], count // GROUP
-    pairs = [pair for i in range(groups) for pair in make_relatives(seed, step * groups + i, size_hw)]
+    pairs = [pair for i in range(groups) for pair in make_relatives(seed, step * groups + i, size_hw, twins)]
     return _see([scene for scene, _ in pairs]), tokenize([caption for _, caption in pairs])
 
 

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 VAE_PLAN = FitPlan(steps=3200, learning_rate=3e-3, batch=16, muon_rate=0.02)
 CLIP_PLAN = FitPlan(steps=600, learning_rate=1e-3, batch=256, warmup=60)
 CLOSE_PLAN = FitPlan(steps=1400, learning_rate=1e-3, batch=256, warmup=60, muon_rate=0.02)
+TWIN_PLAN = FitPlan(steps=1000, learning_rate=5e-4, batch=256, warmup=60, muon_rate=0.01)
 PICTURES_SEED, WIDE_SEED = 11, 12
 CONFIGS = Path("configs/demo")
 TIME_ID_WIDTH = 16
@@ -89,7 +90,7 @@ def make_clip(out: Path, device: str) -> None:
 
     from demo import train_clip
 
-    weights = train_clip.train_clip(out / "fits", CLIP_PLAN, CLOSE_PLAN, torch.device(device))
+    weights = train_clip.train_clip(out / "fits", CLIP_PLAN, CLOSE_PLAN, TWIN_PLAN, torch.device(device))
     first, second = train_clip.first_text_config(), train_clip.second_text_config()
     parts: dict[str, tuple[str, Any, Callable[[str], str]]] = {
         "text_encoder": ("CLIPTextModel", first, text_name),

@@ -53,3 +53,16 @@ def test_a_batch_is_made_of_whole_groups_and_is_the_same_again() -> None:
     expected = tokenize([caption for _, caption in group])
     assert torch.equal(ids[:GROUP, : expected.shape[1]], expected)
     assert all(expect(caption) for _, caption in group)
+
+
+def test_twins_show_the_same_names_and_stand_elsewhere_or_are_exchanged() -> None:
+    for group in (make_relatives(5, index, (64, 88), twins=1.0) for index in range(60)):
+        assert len({caption for _, caption in group}) == len(group)
+        first = group[0][0]
+        for scene, _ in group[1:]:
+            assert scene.ground == first.ground
+            assert sorted(shape.kind for shape in scene.shapes) == sorted(shape.kind for shape in first.shapes)
+            assert sorted(shape.colour for shape in scene.shapes) == sorted(shape.colour for shape in first.shapes)
+            are_moved = [shape.centre_yx for shape in scene.shapes] != [shape.centre_yx for shape in first.shapes]
+            are_exchanged = [(s.kind, s.colour) for s in scene.shapes] != [(s.kind, s.colour) for s in first.shapes]
+            assert are_moved != are_exchanged or scene == first  # in another caption
