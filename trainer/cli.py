@@ -33,7 +33,8 @@ Prompts = Annotated[list[str] | None, typer.Option("--prompt", help="What to dra
 PromptFile = Annotated[Path | None, typer.Option("--prompts", help="Text file with a prompt on each line.")]
 Out = Annotated[Path, typer.Option("--out", help="Folder for the pictures.")]
 Base = Annotated[
-    Path | None, typer.Option(help="Run folder or checkpoint that adapter experts stand on, if it is not --model.")
+    Path | None,
+    typer.Option(help="Run, checkpoint or model folder that adapter experts stand on, if it is not --model."),
 ]
 Steps = Annotated[int, typer.Option(min=1, max=1000, help="Steps of the scheduler.")]
 Guidance = Annotated[float, typer.Option(min=0, help="Weight of the prompt; 1 or less draws without guidance.")]

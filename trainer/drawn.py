@@ -70,7 +70,9 @@ def _base_of(checkpoint: Checkpoint, model: Path, base: Path | None, digests: di
 
 
 def _started_from(base: Path, start: StartFacts | None) -> Path:
-    """The folder of weights in a run folder or checkpoint that an adapter was begun on."""
+    """The folder of weights that an adapter was begun on: in a run folder, a checkpoint or another model's folder."""
+    if (base / "model_index.json").exists():
+        return base / "unet"
     own = base / "checkpoints" / checkpoint_name(start.step) if start else base
     checkpoint = open_checkpoint(own) if own.is_dir() and own != base else open_expert(base)
     return checkpoint.path / start.weights if start else checkpoint.weights_folder()
