@@ -32,6 +32,7 @@ Experts = Annotated[
 Prompts = Annotated[list[str] | None, typer.Option("--prompt", help="What to draw; may be given again.")]
 PromptFile = Annotated[Path | None, typer.Option("--prompts", help="Text file with a prompt on each line.")]
 Out = Annotated[Path, typer.Option("--out", help="Folder for the pictures.")]
+Wait = Annotated[bool, typer.Option("--wait", help="Wait until a build has sealed the manifest.")]
 Base = Annotated[
     Path | None,
     typer.Option(help="Run, checkpoint or model folder that adapter experts stand on, if it is not --model."),
@@ -59,6 +60,7 @@ def _train_expert(
     dry_run: DryRun = False,
     timing: Timing = True,
     json: Json = False,
+    wait: Wait = False,
 ) -> None:
     """Train one expert from a store; run it twice at once, with base.toml and with refiner.toml."""
     from shared.config import load_config
@@ -66,6 +68,10 @@ def _train_expert(
     from trainer.config import ExpertConfig
 
     settings = load_config(ExpertConfig, config or [], sets or [])
+    if wait:
+        from trainer.waiting import wait_for_manifest
+
+        wait_for_manifest(store, move_to_manifest or manifest)
     model_folder = resolve_model(model, ("unet",))
     from trainer.run import Request
 
