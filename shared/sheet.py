@@ -83,6 +83,11 @@ def _draw_card(sheet: Image.Image, card: Card, at: tuple[int, int], size: tuple[
     _write(sheet, card.caption, (x, words + _line_px(SMALL_PX)), width, SMALL_PX, CAPTION_LINES, INK)
 
 
+def shrunk(pixels: Pixels, box_px: int = 256) -> Pixels:
+    """A picture as a sheet of such boxes shows it, to be kept until the sheet is drawn; small ones as they are."""
+    return pixels if max(pixels.shape[:2]) <= box_px else np.asarray(_fitted(pixels, box_px))
+
+
 def _height(panel: Panel, box_px: int) -> int:
     if panel.pixels is None:
         return 6 * _line_px(SMALL_PX)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from shared.command import run_command
-from shared.errors import ConfigError
+from shared.errors import ConfigError, DataError
 from trainer.cli import _generate_images, _train_expert
 from trainer.generate import read_prompts
 
@@ -169,8 +169,10 @@ def test_prompts_come_from_the_command_line_and_then_from_a_file(tmp_path: Path)
     assert read_prompts(["first"], file) == ["first", "a red circle", "a blue square"]
     assert read_prompts([], file) == ["a red circle", "a blue square"]
     file.write_text("\n \n")
+    with pytest.raises(DataError, match=r"prompts\.txt holds no prompt"):
+        read_prompts(["first"], file)
     with pytest.raises(ConfigError, match="nothing to draw"):
-        read_prompts([], file)
+        read_prompts([], None)
 
 
 def test_a_model_of_pickles_is_refused_with_the_way_out(call: Call, world: Any, tmp_path: Path) -> None:

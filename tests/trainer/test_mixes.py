@@ -18,8 +18,9 @@ from shared.errors import CheckpointError
 from tests.trainer.test_processes import start_two
 from trainer.adapter import ADAPTER_FILE, load_adapter, merge_adapter
 from trainer.checkpoint import UNET_FILE, open_expert
+from trainer.drawing import GenerateRequest
 from trainer.ensemble import DrawSettings
-from trainer.generate import GenerateRequest, generate
+from trainer.generate import generate
 from trainer.loop import train_expert
 from trainer.unet import load_unet
 
