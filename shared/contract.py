@@ -4,7 +4,7 @@ PairContract is compared field by field before two experts draw together. Expert
 says how to build this expert's inputs.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import combinations
 from typing import Literal
 
@@ -165,3 +165,13 @@ def check_same(one: ExpertCard, other: ExpertCard) -> None:
     for part in sorted(a.text_digests.keys() & b.text_digests.keys()):
         if a.text_digests[part] != b.text_digests[part]:
             raise ContractError(f"{names} differ in text_digests.{part}: they were trained on other text embeds")
+
+
+def check_model(cards: Sequence[ExpertCard], model: str, vae_digest: str, text_digests: Mapping[str, str]) -> None:
+    """Require that experts work with the VAE and the text towers of `model`; raises ContractError naming the part."""
+    for card in cards:
+        if card.contract.vae_digest != vae_digest:
+            raise ContractError(f"the VAE of {model} is not the one that the latents of {card.facts.name!r} come from")
+        for part, digest in card.contract.text_digests.items():
+            if text_digests.get(part) != digest:
+                raise ContractError(f"the {part} of {model} is not the one that {card.facts.name!r} was trained with")

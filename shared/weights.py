@@ -36,7 +36,7 @@ def find_weights(folder: Path) -> list[Path]:
 
 def weight_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """Shapes of a component's tensors by name, read off the headers alone; raises DataError where they are damaged."""
-    return {name: tuple(entry["shape"]) for file in find_weights(folder) for name, entry, _ in _read_header(file)}
+    return {name: tuple(entry["shape"]) for file in find_weights(folder) for name, entry, _ in read_header(file)}
 
 
 def weights_variant(folder: Path) -> str | None:
@@ -106,7 +106,7 @@ def _tensors(files: list[Path], strip_prefix: str) -> Iterable[tuple[str, dict[s
     located = [
         (name.removeprefix(strip_prefix), entry, file, start)
         for file in files
-        for name, entry, start in _read_header(file)
+        for name, entry, start in read_header(file)
     ]
     for name, entry, file, start in sorted(located, key=lambda item: item[0]):
         begin, end = entry["data_offsets"]
@@ -118,7 +118,8 @@ def _tensors(files: list[Path], strip_prefix: str) -> Iterable[tuple[str, dict[s
                 view.release()
 
 
-def _read_header(file: Path) -> list[tuple[str, dict[str, Any], int]]:
+def read_header(file: Path) -> list[tuple[str, dict[str, Any], int]]:
+    """(name, entry, where data begins) of each tensor of a safetensors file; raises DataError where it is not whole."""
     try:
         with file.open("rb") as handle:
             length = struct.unpack("<Q", handle.read(8))[0]

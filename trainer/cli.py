@@ -73,6 +73,13 @@ StartAt = Annotated[
 ]
 Limit = Annotated[int | None, typer.Option(min=1, help="With --from-images: at most so many.")]
 
+BundleOut = Annotated[Path, typer.Option("--out", help="Folder for the bundle; it must be new or empty.")]
+BundleForm = Annotated[str, typer.Option("--format", help="diffusers, single-file or kohya-lora.")]
+BundleDtype = Annotated[str | None, typer.Option("--dtype", help="fp32, fp16 or bf16; as saved by default.")]
+Raw = Annotated[bool, typer.Option("--raw", help="Raw weights, where averaged ones are kept too.")]
+Merge = Annotated[bool, typer.Option("--merge", help="Add adapters to the UNets that they stand on.")]
+Prove = Annotated[bool, typer.Option(help="Load it back and draw with each stage before it is there.")]
+
 
 def _train_expert(
     store: StorePath,
@@ -187,6 +194,28 @@ def _generate_images(
         typer.echo(str(path))
 
 
+def _bundle_experts(
+    expert: Experts,
+    model: Model,
+    out: BundleOut,
+    form: BundleForm = "diffusers",
+    raw: Raw = False,
+    merge: Merge = False,
+    dtype: BundleDtype = None,
+    base: Base = None,
+    prove: Prove = True,
+    device: Device = "auto",
+) -> None:
+    """Hand a pair over as what other programs load: diffusers folders, ComfyUI's checkpoints, or LoRA files."""
+    from shared.model_folder import resolve_model
+    from trainer.bundle import BundleRequest, bundle
+    from trainer.drawn import needed_components
+
+    folder = resolve_model(model, needed_components(expert))
+    request = BundleRequest(expert, folder, out, form, raw, merge, dtype, base, prove, device)
+    typer.echo(str(bundle(request)))
+
+
 def train_expert() -> None:
     """Console script `train-expert`."""
     yield_idle_threads()
@@ -206,4 +235,5 @@ def evaluate_experts() -> None:
 
 def bundle_experts() -> None:
     """Console script `bundle-experts`."""
-    not_yet("bundle-experts", "the newest checkpoint's unet/ and ema/ load in diffusers as they are")
+    yield_idle_threads()
+    run_command(_bundle_experts)

@@ -7,7 +7,7 @@ contain.
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import tomli_w
@@ -25,7 +25,7 @@ def model_card(card: ExpertCard, config: ExpertConfig, datasets: Sequence[str], 
     """README.md of the checkpoint at `step`, Markdown with a YAML front matter as the Hub reads it."""
     facts, contract = card.facts, card.contract
     sections = (
-        _front_matter(facts),
+        front_matter(facts),
         f"# {code(facts.name)}, timesteps {facts.timesteps} of {contract.num_timesteps}",
         _what_it_is(facts, contract, step),
         "## How to load it",
@@ -35,7 +35,7 @@ def model_card(card: ExpertCard, config: ExpertConfig, datasets: Sequence[str], 
         "## What it was made of",
         "\n".join(f"- {line}" for line in _made_of(facts, datasets)),
         "Settings:",
-        _fence(tomli_w.dumps(_settings(config)), "toml"),
+        fence(tomli_w.dumps(_settings(config)), "toml"),
     )
     return "\n\n".join(sections) + "\n"
 
@@ -48,7 +48,8 @@ def code(text: str) -> str:
     return f"{ticks}{pad}{line}{pad}{ticks}"
 
 
-def _front_matter(facts: ExpertFacts) -> str:
+def front_matter(facts: ExpertFacts, extra: Mapping[str, Any] | None = None) -> str:
+    """The head of a card as the Hub reads it, with `extra` entries of ours."""
     entries: dict[str, Any] = {
         "library_name": "diffusers",
         "pipeline_tag": "text-to-image",
@@ -57,6 +58,7 @@ def _front_matter(facts: ExpertFacts) -> str:
     }
     if facts.base_model.count("/") == 1:  # a Hub id; a folder's name would be a broken link
         entries |= {"base_model": facts.base_model, "base_model_relation": "adapter" if facts.adapter else "finetune"}
+    entries |= extra or {}
     return "\n".join(["---", *(f"{key}: {json.dumps(value)}" for key, value in entries.items()), "---"])
 
 
@@ -110,7 +112,7 @@ def _loading(facts: ExpertFacts, contract: PairContract, folder: str) -> str:
     asked = f" Ask its pipeline for its own part alone: {code(', '.join(fractions))}." if fractions else ""
     averaged = "`ema/` holds averaged weights, `unet/` the raw ones." if folder == "ema" else "No average was kept."
     both = "`generate-images --expert THIS --expert PARTNER --model BASE_MODEL` of sdxl-experts"
-    return f"{_fence(chr(10).join(lines), 'python')}\n\n{averaged}{asked} Both parts in one loop: {both}."
+    return f"{fence(chr(10).join(lines), 'python')}\n\n{averaged}{asked} Both parts in one loop: {both}."
 
 
 def _edges(facts: ExpertFacts, contract: PairContract) -> Iterable[tuple[str, int]]:
@@ -141,6 +143,7 @@ def _value(value: Any) -> str:
     return json.dumps(value, sort_keys=True) if isinstance(value, dict) else str(value)
 
 
-def _fence(text: str, language: str) -> str:
+def fence(text: str, language: str) -> str:
+    """`text` as a block of code, fenced by more backticks than it holds."""
     ticks = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
     return f"{ticks}{language}\n{text.rstrip()}\n{ticks}"

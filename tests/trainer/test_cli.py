@@ -15,10 +15,10 @@ import pytest
 
 from shared.command import run_command
 from shared.errors import ConfigError, DataError
-from trainer.cli import _generate_images, _train_expert
+from trainer.cli import _bundle_experts, _generate_images, _train_expert
 from trainer.generate import read_prompts
 
-COMMANDS = ("train_expert", "generate_images", "evaluate_experts", "bundle_experts")
+COMMANDS = ("train_expert", "generate_images", "bundle_experts", "evaluate_experts")
 Call = Callable[..., tuple[int, list[str]]]
 
 
@@ -32,7 +32,7 @@ def processor_s() -> float:
     return used.ru_utime + used.ru_stime
 
 
-@pytest.mark.parametrize("command", COMMANDS[:2])
+@pytest.mark.parametrize("command", COMMANDS[:3])
 def test_help_comes_in_a_blink_and_without_torch(command: str) -> None:
     code = f"""
 import sys, trainer.cli
@@ -53,7 +53,7 @@ finally:
     assert min(times_s) < 0.6
 
 
-@pytest.mark.parametrize("command", COMMANDS[2:])
+@pytest.mark.parametrize("command", COMMANDS[3:])
 def test_what_is_not_built_yet_says_so(command: str) -> None:
     done = run_code(f"import trainer.cli; trainer.cli.{command}()")
     assert done.returncode == 64
@@ -161,6 +161,26 @@ def test_generate_images_refuses_in_one_line(call: Call, world: Any, pair: tuple
     (tmp_path / "bytes").write_bytes(b"red\xff")
     for arguments, code, says in cases:
         refused(call(_generate_images, arguments), code, says)
+
+
+def test_bundle_experts_refuses_in_one_line(call: Call, world: Any, pair: tuple[Path, Path], tmp_path: Path) -> None:
+    good = [f"--expert={pair[0]}", f"--expert={pair[1]}", f"--model={world.model}", f"--out={tmp_path / 'out'}"]
+    good += ["--device=cpu", "--no-prove"]
+    (tmp_path / "file").write_text("x")
+    cases: list[tuple[list[str], int, str]] = [
+        (good[2:], 64, "Missing option '--expert'"),
+        ([*good, "--format", "onnx"], 64, "--format onnx: known are"),
+        ([*good, "--dtype", "int8"], 64, "--dtype int8: known are"),
+        ([*good, "--out", str(tmp_path)], 64, "is not an empty folder"),
+        ([*good, "--out", str(tmp_path / "file" / "out")], 74, ""),
+        ([*good, "--expert", str(tmp_path / "none")], 65, "no run folder"),
+        (good[1:], 65, "no expert answers for timesteps [350, 1000)"),
+        ([*good, "--expert", str(pair[1])], 65, "two experts answer for timesteps [0, 350)"),
+        ([*good, "--model", str(tmp_path / "none")], 65, "no model folder"),
+    ]
+    for arguments, code, says in cases:
+        refused(call(_bundle_experts, arguments), code, says)
+    assert not (tmp_path / "out").exists()
 
 
 def test_prompts_come_from_the_command_line_and_then_from_a_file(tmp_path: Path) -> None:

@@ -1,0 +1,130 @@
+"""Cards of a bundle: how the stages draw together in somebody else's program, and what each is."""
+
+from collections.abc import Sequence
+
+from trainer.adapter import ADAPTER_FILE
+from trainer.bundle_stage import Stage
+from trainer.model_card import code, fence, front_matter
+
+
+def bundle_card(stages: Sequence[Stage], form: str, model: str) -> str:
+    """README.md of the bundle, Markdown with a front matter as the Hub reads it."""
+    contract = stages[0].card.contract
+    cuts = " and ".join(str(stage.facts.low) for stage in stages[:-1])
+    about = (
+        f"{len(stages)} experts that draw one picture together, handed over at timestep {cuts} of "
+        f"{contract.num_timesteps} (0 is clean)." if cuts else "One expert for all timesteps."
+    )  # fmt: skip
+    return "\n\n".join(
+        (
+            front_matter(stages[0].facts, _extra(stages)),
+            f"# {' + '.join(code(stage.facts.name) for stage in stages)}",
+            about,
+            "\n".join(f"- {_line(stage)}" for stage in stages),
+            "## How to draw with it",
+            how_to_draw(stages, form, model),
+            _settings(stages),
+            "`pair.json` says all of this to programs. Each stage's `expert/` holds the card and the facts of the "
+            "checkpoint that it was made of.",
+        )
+    ) + "\n"  # fmt: skip
+
+
+def stage_card(stage: Stage, form: str, model: str) -> str:
+    """README.md of one stage."""
+    facts = stage.facts
+    fractions = [f"{key}={value:g}" for key, value in _fractions(stage)]
+    asked = f" Ask its pipeline for its own part alone: {code(', '.join(fractions))}." if fractions else ""
+    return "\n\n".join(
+        (
+            front_matter(facts, _extra([stage])),
+            f"# {code(facts.name)}: {_line(stage)}",
+            f"Stage {stage.number} of {stage.count} of a bundle; the card beside this folder says how they draw "
+            f"together.{asked}",
+            f"What it was made of: [expert/README.md](expert/README.md). Base model: {code(model)}.",
+        )
+    ) + "\n"  # fmt: skip
+
+
+def how_to_draw(stages: Sequence[Stage], form: str, model: str) -> str:
+    """A script, or what to open, for the form."""
+    lines = ["import torch", f"from diffusers import {', '.join(_needed(stages))}", "", 'BUNDLE = "THIS FOLDER"']
+    if any(stage.is_adapter for stage in stages):
+        lines.append(f'BASE = "{_safe(model)}"  # the model that the adapters stand on')
+    lines.append(f'settings = {{"prompt": "a cat on a wall", "num_inference_steps": 40, {_guidance(stages[0])}}}')
+    for stage in stages:
+        lines += ["", *_load(stage), *_draw(stage)]
+    lines.append('image[0].save("picture.png")')
+    return fence("\n".join(lines), "python")
+
+
+def _load(stage: Stage) -> list[str]:
+    name, kind = stage.folder, _pipeline(stage)
+    folder = f'f"{{BUNDLE}}/{name}"'
+    source = "BASE" if stage.is_adapter else folder
+    lines = [f"{name} = {kind}.from_pretrained({source})"]
+    if stage.is_adapter:
+        lines.append(f'{name}.load_lora_weights({folder}, weight_name="{ADAPTER_FILE}")')
+    lines.append(
+        f"{name}.scheduler = UniPCMultistepScheduler.from_pretrained({folder}, subfolder=\"scheduler\")"
+    )  # fmt: skip
+    return lines
+
+
+def _draw(stage: Stage) -> list[str]:
+    given = ["**settings", *(f"{key}={value:g}" for key, value in _fractions(stage))]
+    given += [] if stage.number == 1 else ["image=image"]
+    given += [] if stage.number == stage.count else ['output_type="latent"']
+    return [f"image = {stage.folder}({', '.join(given)}).images"]
+
+
+def _needed(stages: Sequence[Stage]) -> list[str]:
+    return [*sorted({_pipeline(stage) for stage in stages}), "UniPCMultistepScheduler"]
+
+
+def _pipeline(stage: Stage) -> str:
+    return "StableDiffusionXLPipeline" if stage.number == 1 else "StableDiffusionXLImg2ImgPipeline"
+
+
+def _guidance(stage: Stage) -> str:
+    rescale = ', "guidance_rescale": 0.7' if stage.card.contract.zero_terminal_snr else ""
+    return f'"guidance_scale": 7.5{rescale}'
+
+
+def _fractions(stage: Stage) -> list[tuple[str, float]]:
+    edges = (("denoising_start", stage.starts), ("denoising_end", stage.ends))
+    return [(key, value) for key, value in edges if value is not None]
+
+
+def _line(stage: Stage) -> str:
+    facts = stage.facts
+    kind = f"an adapter ({facts.adapter.kind})" if facts.adapter and stage.is_adapter else "a whole UNet"
+    averaged = "averaged" if stage.weights == "ema" else "raw"
+    return (
+        f"{code(stage.folder)}: timesteps {facts.timesteps}, {kind}, {averaged} weights of step "
+        f"{stage.checkpoint.state.step} of {code(facts.name)}"
+    )
+
+
+def _settings(stages: Sequence[Stage]) -> str:
+    contract = stages[0].card.contract
+    rescaled = "with zero-terminal SNR" if contract.zero_terminal_snr else "without zero-terminal SNR"
+    return (
+        f"The experts predict {code(contract.prediction_type)} on a {contract.beta_schedule} schedule {rescaled}, with "
+        f"steps placed {code(contract.timestep_spacing)}; `scheduler/` says so, to UniPC and to whatever is made from "
+        "its config. Schedulers without a history (DDIM, Euler) draw what one loop over both stages draws; with one, "
+        "the second stage begins without it."
+    )
+
+
+def _extra(stages: Sequence[Stage]) -> dict[str, object]:
+    return {
+        "sdxl_experts": {
+            "timesteps": [[stage.facts.low, stage.facts.high] for stage in stages],
+            "num_timesteps": stages[0].card.contract.num_timesteps,
+        }
+    }
+
+
+def _safe(text: str) -> str:
+    return "".join(char for char in text if char.isprintable() and char not in '"\\')
