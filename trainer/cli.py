@@ -44,6 +44,13 @@ Negative = Annotated[str | None, typer.Option(help="What not to draw; the null p
 Size = Annotated[int | None, typer.Option(min=64, help="Pixels; the UNet's own size by default.")]
 Count = Annotated[int, typer.Option(min=1, help="Pictures of each prompt.")]
 
+ReportOut = Annotated[Path, typer.Option("--out", help="Folder for report.html, report.json and pictures.")]
+ManifestName = Annotated[
+    str | None, typer.Option("--manifest", help="Whose held-out samples to use; the experts' own by default.")
+]
+Draws = Annotated[int, typer.Option(min=1, help="Draws of the eval loss over each part of the schedule.")]
+EvalBatch = Annotated[int, typer.Option("--batch", min=1, help="Samples at once on the device.")]
+
 
 def _train_expert(
     store: StorePath,
@@ -131,6 +138,35 @@ def _generate_images(
         typer.echo(str(path))
 
 
+def _evaluate_experts(
+    expert: Experts,
+    store: StorePath,
+    model: Model,
+    out: ReportOut,
+    manifest: ManifestName = None,
+    draws: Draws = 256,
+    batch: EvalBatch = 4,
+    device: Device = "auto",
+    base: Base = None,
+) -> None:
+    """Judge experts beside their start model: losses by timestep, every way to pair them, in one report."""
+    from shared.model_folder import resolve_model
+    from trainer.evaluate import EvaluateRequest, evaluate
+
+    request = EvaluateRequest(
+        experts=expert,
+        store=store,
+        model=resolve_model(model),
+        out=out,
+        manifest=manifest,
+        device=device,
+        draws=draws,
+        batch=batch,
+        base=base,
+    )
+    typer.echo(str(evaluate(request)))
+
+
 def train_expert() -> None:
     """Console script `train-expert`."""
     yield_idle_threads()
@@ -145,7 +181,8 @@ def generate_images() -> None:
 
 def evaluate_experts() -> None:
     """Console script `evaluate-experts`."""
-    not_yet("evaluate-experts", "RUN/events.jsonl and TensorBoard show the losses, generate-images the pictures")
+    yield_idle_threads()
+    run_command(_evaluate_experts)
 
 
 def bundle_experts() -> None:
