@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from shared.command import not_yet, run_command, yield_idle_threads
+from shared.command import run_command, yield_idle_threads
 
 if TYPE_CHECKING:
     from trainer.run import Request
@@ -79,6 +79,12 @@ BundleDtype = Annotated[str | None, typer.Option("--dtype", help="fp32, fp16 or 
 Raw = Annotated[bool, typer.Option("--raw", help="Raw weights, where averaged ones are kept too.")]
 Merge = Annotated[bool, typer.Option("--merge", help="Add adapters to the UNets that they stand on.")]
 Prove = Annotated[bool, typer.Option(help="Load it back and draw with each stage before it is there.")]
+ReportOut = Annotated[Path, typer.Option("--out", help="Folder for report.html, report.json and pictures.")]
+ManifestName = Annotated[
+    str | None, typer.Option("--manifest", help="Whose held-out samples to use; the experts' own by default.")
+]
+Draws = Annotated[int, typer.Option(min=1, help="Draws of the eval loss over each part of the schedule.")]
+EvalBatch = Annotated[int, typer.Option("--batch", min=1, help="Samples at once on the device.")]
 
 
 def _train_expert(
@@ -216,6 +222,35 @@ def _bundle_experts(
     typer.echo(str(bundle(request)))
 
 
+def _evaluate_experts(
+    expert: Experts,
+    store: StorePath,
+    model: Model,
+    out: ReportOut,
+    manifest: ManifestName = None,
+    draws: Draws = 256,
+    batch: EvalBatch = 4,
+    device: Device = "auto",
+    base: Base = None,
+) -> None:
+    """Judge experts beside their start model: losses by timestep, every way to pair them, in one report."""
+    from shared.model_folder import resolve_model
+    from trainer.evaluate import EvaluateRequest, evaluate
+
+    request = EvaluateRequest(
+        experts=expert,
+        store=store,
+        model=resolve_model(model),
+        out=out,
+        manifest=manifest,
+        device=device,
+        draws=draws,
+        batch=batch,
+        base=base,
+    )
+    typer.echo(str(evaluate(request)))
+
+
 def train_expert() -> None:
     """Console script `train-expert`."""
     yield_idle_threads()
@@ -230,7 +265,8 @@ def generate_images() -> None:
 
 def evaluate_experts() -> None:
     """Console script `evaluate-experts`."""
-    not_yet("evaluate-experts", "RUN/events.jsonl and TensorBoard show the losses, generate-images the pictures")
+    yield_idle_threads()
+    run_command(_evaluate_experts)
 
 
 def bundle_experts() -> None:
