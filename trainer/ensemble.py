@@ -172,7 +172,7 @@ def plan_steps(
     steps = [(i, t, who) for i, t, who in routed if who is not None and (from_t is None or t <= from_t)]
     steps = [step for step in steps if step[0] >= first_whole_step(scheduler, steps[0][0])]
     if not steps:
-        below = "" if from_t is None else f" at or below {from_t:.0f}"
+        below = "" if from_t is None else f" below {int(from_t) + 1}"
         raise ContractError(f"{settings.steps} steps never come to a timestep of {facts[-1].name}{below}")
     return steps
 

@@ -64,12 +64,12 @@ def generate(request: GenerateRequest) -> Iterator[Path]:
     """
     began_s, plan, cards = time.monotonic(), _plan(request), dict[str, Card]()
     done = 0
-    request.out.mkdir(parents=True, exist_ok=True)
+    for folder in (request.out, *([] if request.sheet is None else [request.sheet.parent])):
+        folder.mkdir(parents=True, exist_ok=True)
     rounds = _load(request, plan)
     common = common_facts(request.settings, precision_name(plan.dtype), plan.contract, plan.checkpoints)
     with progress("pictures", len(plan.drawings), "images") as advance:
-        for drawn in rounds.draw(list(batches(plan.drawings, request.batch))):
-            advance(1)
+        for drawn in rounds.draw(list(batches(plan.drawings, request.batch)), advance):
             if drawn.pixels is None:
                 continue
             done += 1
@@ -114,6 +114,8 @@ def _plan(request: GenerateRequest) -> _Plan:
     dtype = choose_dtype(request.precision, device)
     if request.offload and device.type == "cpu":
         raise ConfigError("--offload keeps UNets in main memory until they are needed; on a CPU they are there anyway")
+    if request.sheet is not None and request.sheet.is_dir():
+        raise ConfigError(f"--sheet {request.sheet} is a folder; it names a PNG")
     folders = find_bases(checkpoints, request.model, request.base)
     own_px, step_px = _own_sizes(folders[0], vae.downscale)
     drawings, unreadable = plan_drawings(request, contract, len(facts), own_px, (vae.downscale, step_px))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from shared.conditioning import PromptEmbeds
+from shared.device import free_unused_memory
 from trainer.unet import ConditionedUnet
 
 Place = tuple[nn.Module, str, Tensor]  # where a tensor belongs, and the one that waits in main memory
@@ -27,9 +28,12 @@ class Berth:
         """Have these modules on the device, and no others; on a CPU, where all are anyway, nothing is done."""
         if self.device.type == "cpu":
             return
-        for module in [held for held in self._held if held not in modules]:
+        leaving = [held for held in self._held if held not in modules]
+        for module in leaving:
             for owner, name, tensor in self._held.pop(module):
                 setattr(owner, name, tensor)
+        if leaving:
+            free_unused_memory()
         for module in modules:
             if module not in self._held:
                 self._held[module] = list(_places(module))

@@ -13,6 +13,7 @@ from torch import Tensor
 from shared.command import one_line
 from shared.conditioning import PromptEmbeds
 from shared.contract import ExpertFacts
+from shared.device import free_unused_memory
 from shared.progress import say
 from shared.text_encoders import TextEncoders
 from trainer.ensemble import Prompt
@@ -73,4 +74,6 @@ def encode_prompts(
             say(f"cut short to {chunks} x 75 tokens: {one_line(text)}")
         embeds = encoders.encode([text])
         kept[text, chunks] = PromptEmbeds(embeds.prompt_embeds.cpu(), embeds.pooled_prompt_embeds.cpu())
+    del encoders
+    free_unused_memory()
     return EncodedPrompts(kept, facts, negatives)

@@ -6,7 +6,7 @@ A round is some batches of pictures, so that moving weights costs little beside 
 interrupted leaves all rounds before. On a CPU nothing is moved, and each batch is a round.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -56,14 +56,20 @@ class Rounds:
     berth: Berth
     from_t: float | None  # from where on given pictures are drawn
 
-    def draw(self, batches: Sequence[Sequence[Drawing]]) -> Iterator[Drawn]:
-        """All drawings, batch by batch; those whose picture cannot be read come without pixels, and are said."""
+    def draw(self, batches: Sequence[Sequence[Drawing]], advance: Callable[[int], None]) -> Iterator[Drawn]:
+        """All drawings, batch by batch; those whose picture cannot be read come without pixels, and are said.
+
+        `advance` is told how many more have their latents, long before a round's pictures come.
+        """
         most = 1 if self.berth.device.type == "cpu" else max(1, ROUND // max(map(len, batches)))
         for i in range(0, len(batches), most):
             begun = [self._begin(batch) for batch in batches[i : i + most]]
             yield from (Drawn(drawing, None) for _, lost in begun for drawing in lost)
             self.berth.bring(self.unets)
-            latents = [self._draw(ready) if ready else None for ready, _ in begun]
+            latents = []
+            for ready, lost in begun:
+                latents.append(self._draw(ready) if ready else None)
+                advance(len(ready) + len(lost))
             self.berth.bring([self.vae.module])
             for (ready, _), drawn in zip(begun, latents, strict=True):
                 for index, one in enumerate(ready):  # one at a time: a VAE takes more room than any UNet
@@ -99,4 +105,8 @@ class Rounds:
         prompts = self.prompts.batch([drawing.prompts for drawing in drawings], device)
         with torch.inference_mode():
             sizes = [drawing.sizes for drawing in drawings]
-            return self.ensemble.draw(prompts, sizes, self.settings, noise, generators, start)
+            latents = self.ensemble.draw(prompts, sizes, self.settings, noise, generators, start)
+        for drawing, finite in zip(drawings, latents.isfinite().flatten(1).all(1).tolist(), strict=True):
+            if not finite:
+                say(f"{drawing.name}: its latents overflowed and it is black; --precision bf16 or fp32 has more room")
+        return latents

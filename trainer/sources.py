@@ -30,6 +30,7 @@ from shared.vae import Vae
 from trainer.eval_samples import MOST_SAMPLES, PinnedSample, choose_samples
 
 RULES, LIMITS = PixelRules(), PixelLimits()
+MOST_ASPECT = 4  # of what is drawn; longer pictures are cut
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class SizeRule:
 
     def size_of(self, picture_hw: tuple[int, int]) -> tuple[int, int]:
         """(h, w), px, multiples of the step where they are not given."""
-        aspect = (picture_hw[1] / picture_hw[0]) ** 0.5
+        aspect = min(max(picture_hw[1] / picture_hw[0], 1 / MOST_ASPECT), MOST_ASPECT) ** 0.5
         free = (self.own_px / aspect, self.own_px * aspect)
         return self.height or self._near(free[0]), self.width or self._near(free[1])
 

@@ -147,8 +147,28 @@ def test_generate_images_refuses_in_one_line(call: Call, world: Any, pair: tuple
         ([*good, "--prompts", str(tmp_path / "none.txt")], 64, "none.txt: No such file"),
         ([*good, "--prompts", str(tmp_path / "bytes")], 65, "is not UTF-8 text (at byte 3)"),
         ([*(part for part in good if part != "--prompt=a red circle")], 64, "nothing to draw: give --prompt TEXT or"),
+        ([*good, "--prompts", str(tmp_path / "empty.csv")], 65, "empty.csv holds no prompt: nothing to draw"),
+        ([*good, "--prompts", str(tmp_path / "other.csv")], 65, "has no column prompt or caption or text; it has a, b"),
+        ([*good, "--scheduler", "heun"], 64, "--scheduler heun: ignores zero-terminal SNR"),
+        ([*good, *["--guidance", "2"] * 3], 64, "--guidance is given 3 times for 2 experts"),
+        ([*good, *["--negative-prompt", "x"] * 3], 64, "--negative-prompt is given 3 times for 2 experts"),
+        ([*good, "--expert-prompt", "x"], 64, "--expert-prompt is given 1 times for 2 experts"),
+        ([*good, "--precision", "int8"], 64, "--precision int8: known are auto, fp32, bf16, fp16"),
+        ([*good, "--offload"], 64, "--offload keeps UNets in main memory"),
+        ([*good, "--seed", "-1"], 64, "--seed"),
+        ([*good, "--batch", "0"], 64, "--batch"),
+        ([*good, "--sheet", str(tmp_path)], 64, "is a folder; it names a PNG"),
+        ([*good, "--start-timestep", "300"], 64, "give --from-images"),
+        ([*good, "--steps", "30", "--from-images", str(tmp_path / "none")], 64, "no picture, folder or store is there"),
+        ([*good, "--steps", "30", "--from-images", str(tmp_path / "file")], 65, "no picture in it can be read"),
+        ([*good, "--from-images", str(world.store), "--start-timestep", "1000"], 64, "no expert answers for it"),
+        ([*good, "--steps", "30", "--from-images", str(world.store), "--manifest", "nix"], 65, "nix"),
+        ([*good, "--from-images", str(world.store)], 65, "2 steps never come to a timestep of refiner below 350"),
+        ([*good[1:], "--from-images", str(world.store), "--start-timestep", "350"], 64, "(refiner [0, 350))"),
     ]
     (tmp_path / "bytes").write_bytes(b"red\xff")
+    (tmp_path / "empty.csv").write_text("prompt\n")
+    (tmp_path / "other.csv").write_text("a,b\n1,2\n")
     for arguments, code, says in cases:
         refused(call(_generate_images, arguments), code, says)
 

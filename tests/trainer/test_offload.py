@@ -1,9 +1,20 @@
 """Models that take turns on a device: torch's meta device stands for one, as it is another than the CPU."""
 
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
 import torch
 from torch import nn
 
-from trainer.offload import Berth
+from demo.tiny_model import POOLED_WIDTH, TEXT_WIDTHS
+from shared.conditioning import PromptEmbeds
+from trainer.drawing import GenerateRequest
+from trainer.ensemble import DrawSettings
+from trainer.generate import generate
+from trainer.offload import Berth, OffloadedUnet
+from trainer.unet import ConditionedUnet, load_unet
 
 META = torch.device("meta")
 
@@ -32,3 +43,39 @@ def test_on_a_cpu_nothing_moves() -> None:
     Berth(torch.device("cpu")).bring([module])
     Berth(torch.device("cpu")).bring([])
     assert module.weight.data_ptr() == address
+
+
+def test_unets_take_turns(tiny_model: Path) -> None:
+    unets = [load_unet(tiny_model / "unet", torch.device("cpu")) for _ in range(2)]
+    berth = Berth(META)
+    turns = [OffloadedUnet(ConditionedUnet(unet, "sdxl", TEXT_WIDTHS[1]), berth) for unet in unets]
+
+    def zeros(*size: int) -> torch.Tensor:
+        return torch.zeros(size, device=META)
+
+    text = PromptEmbeds(zeros(1, 77, sum(TEXT_WIDTHS)), zeros(1, POOLED_WIDTH))
+    for index in (0, 0, 1, 0):
+        output = turns[index](zeros(1, 4, 8, 8), zeros(1), text, zeros(1, 6), 6.0)
+        assert output.shape == (1, 4, 8, 8)
+        assert [places(unet) for unet in unets] == [{"meta"} if i == index else {"cpu"} for i in range(2)]
+
+
+def test_stages_have_the_device_one_after_another(
+    pair: tuple[Path, Path], world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The UNets of a pair together, the VAE alone; before it, where given pictures are encoded."""
+    brought: list[list[str]] = []
+
+    class Noting(Berth):
+        def bring(self, modules: Sequence[nn.Module]) -> None:
+            brought.append([type(module).__name__ for module in modules])
+
+    monkeypatch.setattr("trainer.generate.Berth", Noting)
+    unets, vae = ["UNet2DConditionModel"] * 2, ["AutoencoderKL"]
+    asked: dict[str, Any] = {"experts": pair, "model": world.model, "out": tmp_path, "device": "cpu"}
+    asked |= {"prompts": ("red",), "settings": DrawSettings(4, 1.0)}
+    list(generate(GenerateRequest(**asked)))
+    assert brought == [unets, vae]
+    brought.clear()
+    list(generate(GenerateRequest(**asked, from_images=world.store, limit=1)))
+    assert brought == [vae, unets, vae]
