@@ -79,7 +79,13 @@ def build(sources: Sequence[Source], model: Path, config: BuildConfig, options: 
         settings = _settings(config, vae, text, dtype, keys, datasets, index, meta, options.prompts)
         rows = SampleRows(usable, split, keys, meta)
         report.digest = seal_manifest(
-            options.store, options.manifest, settings, rows, in_order=True, replace=options.replace, allow_shrink=options.allow_shrink
+            options.store,
+            options.manifest,
+            settings,
+            rows,
+            in_order=True,
+            replace=options.replace,
+            allow_shrink=options.allow_shrink,
         ).digest
     report.check()
     report.seconds = time.monotonic() - started_s

@@ -37,7 +37,7 @@ def count_truncated(store: Store, keys: Sequence[bytes]) -> int:
     is_known = np.zeros(len(wanted), bool)
     is_known[at < len(known)] = known[at[at < len(known)]] == wanted[at < len(known)]
     count = int(flags[at[is_known]].sum())
-    unknown = [keys[index] for index in np.flatnonzero(~is_known)]
+    unknown = [keys[index] for index in np.flatnonzero(~is_known).tolist()]
     found = {key: flag for batch in batches(unknown, KEYS_AT_ONCE) for key, flag in _ask(store, batch).items()}
     if found:
         _write(path, np.concatenate([known, np.array([*found], "S16")]), np.concatenate([flags, [*found.values()]]))

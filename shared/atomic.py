@@ -11,7 +11,7 @@ from shared.errors import ConfigError
 
 
 def write_atomically(path: Path, data: bytes | Iterable[bytes]) -> None:
-    """Put `data`, or its parts, at `path`: written to a temporary name beside it, synced, renamed, the folder synced."""
+    """Put `data`, or its parts, at `path`: written under a temporary name, synced, renamed, the folder synced."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with temporary.open("wb") as file:
         file.writelines([data] if isinstance(data, bytes) else data)

@@ -113,7 +113,9 @@ def list_folder(folder: Path) -> list[os.DirEntry[str]]:
     """What is in `folder`, sorted by the bytes of the names; raises OSError."""
     with os.scandir(folder) as entries:
         found = list(entries)
-    if all(entry.name.isascii() for entry in found):  # whose order as text is the same, and found in a third of the time
+    if all(
+        entry.name.isascii() for entry in found
+    ):  # whose order as text is the same, and found in a third of the time
         return sorted(found, key=operator.attrgetter("name"))
     return sorted(found, key=lambda entry: os.fsencode(entry.name))
 
