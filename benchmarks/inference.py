@@ -155,6 +155,16 @@ def _memory_bytes(name: str) -> int:
     return int(line.split()[1]) * 1024
 
 
+def _measured(shape: str, kind: str, one: dict[str, Any]) -> str:
+    ours, script, ratio = one["ours"], one["script"], one["ratio"]
+    return (
+        f"measured, {shape}, {kind}: a picture {ours['picture_s']:.2f} s against {script['picture_s']:.2f} "
+        f"({ratio['picture_s']:.3f}; in CPU time {ratio['picture_cpu_s']:.3f}), all {ours['whole_s']:.1f} against "
+        f"{script['whole_s']:.1f} ({ratio['whole_s']:.2f}), memory {ours['peak_mib']:.0f} MiB against "
+        f"{script['peak_mib']:.0f} ({ratio['peak_mib']:.2f})"
+    )
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, count, print, and keep the numbers where --json says."""
     parser = argparse.ArgumentParser(prog="benchmarks.inference", description="A pair in one loop, or two pipelines.")
@@ -180,13 +190,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             folder = Path(name)
             pair = write_pair(folder, options.shape, kind == "adapters")
             results["measured"][kind] = one = measure_pair(pair, folder, options)
-            print(
-                f"measured, {options.shape}, {kind}: a picture {one['ours']['picture_s']:.2f} s against "
-                f"{one['script']['picture_s']:.2f} ({one['ratio']['picture_s']:.3f}; in CPU time {one['ratio']['picture_cpu_s']:.3f}), all {one['ours']['whole_s']:.1f} "
-                f"against {one['script']['whole_s']:.1f} ({one['ratio']['whole_s']:.2f}), memory "
-                f"{one['ours']['peak_mib']:.0f} MiB against {one['script']['peak_mib']:.0f} "
-                f"({one['ratio']['peak_mib']:.2f})"
-            )
+            print(_measured(options.shape, kind, one))
     if options.json:
         options.json.write_text(json.dumps(results, indent=1) + "\n")
     return 0
