@@ -10,8 +10,10 @@ from pathlib import Path
 
 from trainer.eval_axis import BESIDE
 from trainer.lineup import START
+from trainer.page_pictures import STYLE as PICTURE_STYLE
+from trainer.page_pictures import choice_name, pictures_of
 from trainer.plot import Line, line_plot, shown
-from trainer.report import Choice, JudgedExpert, Report, Round, StretchLoss
+from trainer.report import JudgedExpert, Report, Round, StretchLoss
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; padding: 0 1rem; color: #222; }
@@ -32,10 +34,11 @@ def report_page(report: Report, out: Path) -> str:
     newest = report.rounds[-1]
     parts = [
         "<!doctype html><html lang=en><meta charset=utf-8><title>Experts, evaluated</title>",
-        f"<style>{STYLE}</style><h1>Experts, evaluated</h1>",
+        f"<style>{STYLE}{PICTURE_STYLE}</style><h1>Experts, evaluated</h1>",
         *_what(report, newest),
         "<h2>Every way to fill the parts</h2>",
         _choices(newest),
+        *pictures_of(report, newest, out),
         "<h2>Loss by timestep</h2>",
         *_losses(newest),
         *_beside(newest),
@@ -189,12 +192,6 @@ def _over_rounds(report: Report) -> list[str]:
                 lines.setdefault(choice_name(choice), []).append((float(one.number), choice.loss))
     curves = [Line(name, points, colour) for colour, (name, points) in enumerate(lines.items())]
     return ["<h2>Round by round</h2>", line_plot("Eval loss by round", curves, "round", "eval loss")]
-
-
-def choice_name(choice: Choice) -> str:
-    """What a choice is called: who answers, from high timesteps to low."""
-    names = [answer.candidate for answer in reversed(choice.answers)]
-    return names[0] if len(set(names)) == 1 else " + ".join(names)
 
 
 def _names(newest: Round) -> list[str]:
