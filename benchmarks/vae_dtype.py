@@ -20,10 +20,11 @@ import numpy as np
 import torch
 
 from cache_builder.buckets import plan_crop
-from cache_builder.pixels import EXTENSIONS, PixelLimits, PixelRules, decode_picture
+from cache_builder.pixels import decode_picture
 from demo.model_files import VAE_SCALING_FACTOR, write_diffusers_model
 from demo.shapes import write_shapes
 from demo.tiny_model import random_weights
+from shared.pictures import EXTENSIONS, PixelLimits, PixelRules
 from shared.vae import EncodeDtype, Vae
 
 SDXL_VAE: dict[str, Any] = {

@@ -1,10 +1,10 @@
 """What to say when a data set gives nothing to train on: what was seen of it, and the way out; scan.py raises it."""
 
 from cache_builder.config import BuildConfig
-from cache_builder.pixels import EXTENSIONS
 from cache_builder.report import BuildReport
 from cache_builder.sources import Source
 from cache_builder.sources.rules import TABLE_SUFFIXES, SourceRules
+from shared.pictures import EXTENSIONS
 
 REASONS = 5
 _OTHER_KINDS = {".tar": "webdataset", ".parquet": "table", ".jsonl": "table", ".csv": "table"}

@@ -13,7 +13,7 @@ from typing import Any
 import msgpack
 
 from cache_builder.buckets import CropPlan
-from cache_builder.pixels import PIXELS_VERSION, PixelRules
+from shared.pictures import PIXELS_VERSION, PixelRules
 
 KEY_FORMAT = 1
 STORED_DTYPE = "float16"

@@ -14,11 +14,11 @@ from functools import partial
 from typing import TypeVar
 
 from cache_builder.keys import facts_key, image_digest
-from cache_builder.pixels import PixelLimits, PixelRules, read_size
 from cache_builder.scan_cache import ScanCache, State
 from cache_builder.sources import Found
 from cache_builder.split import Thumbnail
 from shared.errors import RecordCorrupt
+from shared.pictures import PixelLimits, PixelRules, read_size
 from shared.store import Snapshot, Store
 
 FILES_AT_ONCE = 256  # looked up in one read transaction

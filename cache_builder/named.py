@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from cache_builder.keys import facts_key, text_facts_key
-from cache_builder.pixels import PixelRules
 from shared.errors import ManifestMismatch
 from shared.manifest import Manifest
+from shared.pictures import PixelRules
 from shared.record import KEY_BYTES
 
 # S16: numpy sorts it as LMDB does, byte by byte; of a key that ends in zeros it gives a shorter `bytes` (see `each`).

@@ -12,7 +12,6 @@ from cache_builder.buckets import CropPlan, Size, enlargement, make_buckets, nea
 from cache_builder.config import BuildConfig, ImageRules
 from cache_builder.keys import crop_draw, latent_key, subset_rank
 from cache_builder.look import Looker, Seen, look_at
-from cache_builder.pixels import PictureError, PixelLimits, PixelRules
 from cache_builder.report import BuildReport
 from cache_builder.scan_cache import ScanCache, cache_path
 from cache_builder.skip import reason_to_skip
@@ -20,6 +19,7 @@ from cache_builder.sources import Found, MetaValue, Remembering, Skipped, Source
 from cache_builder.split import Thumbnail
 from cache_builder.texts import filter_captions, says_a_side, write_texts
 from shared.errors import DataError
+from shared.pictures import PictureError, PixelLimits, PixelRules
 from shared.store import Store
 from shared.vae import EncodeDtype
 

@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 
 from cache_builder.keys import image_digest
-from cache_builder.pixels import PixelLimits, PixelRules, decode
-from cache_builder.sheet import Card, Panel, draw_sheet
 from cache_builder.sources.files import read_regular
 from shared.atomic import write_atomically
 from shared.errors import ConfigError, ContractError, DataError, RecordCorrupt
 from shared.manifest import Manifest, open_manifest
 from shared.manifest_rows import ManifestRow
+from shared.pictures import PixelLimits, PixelRules, decode
 from shared.preview import preview_picture, read_preview
+from shared.sheet import Card, Panel, draw_sheet
 from shared.store import StoreReader
 
 MANY = 60  # above so many cards the pictures are smaller

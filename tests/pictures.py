@@ -7,8 +7,9 @@ import numpy as np
 from PIL import Image
 
 from cache_builder.buckets import CropPlan
-from cache_builder.pixels import Picture, PixelRules
+from cache_builder.pixels import Picture
 from demo import shapes
+from shared.pictures import PixelRules
 
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 

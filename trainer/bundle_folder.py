@@ -21,7 +21,7 @@ from shared.weights import find_weights, weights_variant
 from trainer.adapter import ADAPTER_FILE, PREFIX
 from trainer.bundle_stage import Stage
 from trainer.checkpoint import UNET_FILE
-from trainer.ensemble import make_scheduler
+from trainer.schedulers import make_scheduler
 
 SCHEDULER = "unipc"
 # Settings that UniPC does not have and its neighbours read: whoever takes another scheduler from this config gets ours.

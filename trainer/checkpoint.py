@@ -181,8 +181,11 @@ def best_checkpoint(run: Path, on_bad: Callable[[str], None]) -> Checkpoint:
 
 
 def open_expert(path: Path) -> Checkpoint:
-    """The newest checkpoint of a run folder, its best (RUN/checkpoints/best.json), or the one at `path`; verified."""
-    if (path / "checksums.json").exists():
+    """The newest checkpoint of a run folder, its best (RUN/checkpoints/best.json), or the one at `path`; verified.
+
+    Raises CheckpointError: the one that was named is never passed over for another.
+    """
+    if (path / "checksums.json").exists() or (path.parent.name == "checkpoints" and path.name != BEST_FILE):
         return open_checkpoint(path)
     if path.name == BEST_FILE:
         return best_checkpoint(path.parent.parent, lambda why: say(f"passed over: {why}"))

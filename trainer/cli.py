@@ -38,7 +38,7 @@ Base = Annotated[
 Steps = Annotated[int, typer.Option(min=1, max=1000, help="Steps of the scheduler.")]
 Guidance = Annotated[float, typer.Option(min=0, help="Weight of the prompt; 1 or less draws without guidance.")]
 Rescale = Annotated[float | None, typer.Option(min=0, max=1, help="0.7 with zero-terminal SNR, 0 without.")]
-Scheduler = Annotated[str, typer.Option(help="unipc, dpm++, euler, euler-a or ddim.")]
+Scheduler = Annotated[str, typer.Option(help="unipc, dpm++, dpm++-karras, euler, euler-a, heun or ddim.")]
 Seed = Annotated[int, typer.Option(help="Seed of the first picture; each next one counts up.")]
 Negative = Annotated[str | None, typer.Option(help="What not to draw; the null prompt where it is not given.")]
 Size = Annotated[int | None, typer.Option(min=64, help="Pixels; the UNet's own size by default.")]

@@ -2,31 +2,31 @@
 
 Each evaluation of a UNet is routed by its own t. Inputs are built per expert from its facts: layout, null prompt,
 aesthetic score. Latents stay fp32; the UNets compute in their own dtype.
+
+generate.py, evaluation -> ExpertEnsemble.draw -> the UNets (unet.py), schedulers.py
 """
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from shared.conditioning import MicroConditioning, PromptEmbeds
 from shared.contract import ExpertFacts, PairContract
-from shared.errors import ConfigError, ContractError
+from shared.errors import ContractError
 from shared.schedule import NoiseSchedule
-from trainer.unet import ConditionedUnet
+from trainer.schedulers import add_noise, begin_at, first_whole_step, make_scheduler, noise_scale, takes_generator
 
-# Schedulers by the name that people use: diffusers' class, and settings beyond what the contract says.
-SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "unipc": ("UniPCMultistepScheduler", {}),
-    "dpm++": ("DPMSolverMultistepScheduler", {}),
-    "euler": ("EulerDiscreteScheduler", {}),
-    "euler-a": ("EulerAncestralDiscreteScheduler", {}),
-    "ddim": ("DDIMScheduler", {"clip_sample": False, "set_alpha_to_one": False}),
-}
 ZERO_TERMINAL_RESCALE = 0.7  # Lin et al. 2023, section 3.4
+
+
+class Denoiser(Protocol):
+    """A UNet as ConditionedUnet calls it."""
+
+    def __call__(self, x: Tensor, t: Tensor, text: PromptEmbeds, time_ids: Tensor, aesthetic_score: float) -> Tensor:
+        """Its output [B, 4, h, w] at x [B, 4, h, w] and t, for SDXL-layout text and time_ids [B, 6]."""
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,13 @@ class DrawSettings:
     """How a picture is drawn."""
 
     steps: int = 40
-    guidance: float = 9.2
+    guidance: float | tuple[float, ...] = 9.2  # of all experts, or one for each in their order
     guidance_rescale: float | None = None
     scheduler: str = "unipc"
+
+    def guidance_of(self, index: int) -> float:
+        """Guidance of the expert of that index."""
+        return self.guidance[index] if isinstance(self.guidance, tuple) else self.guidance
 
     def rescale(self, contract: PairContract) -> float:
         """Guidance rescale: as set, or 0.7 with zero-terminal SNR, where plain guidance overexposes, and 0 without."""
@@ -50,16 +54,24 @@ class Expert:
     """A loaded expert."""
 
     facts: ExpertFacts
-    model: ConditionedUnet
+    model: Denoiser
     dtype: torch.dtype
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt for one expert: what to draw, and what stands against it."""
+    """Prompts of a batch for one expert: what to draw, and what stands against it."""
 
-    positive: PromptEmbeds  # [1, n, d1 + d2], [1, p]
+    positive: PromptEmbeds  # [B, n, d1 + d2], [B, p]
     negative: PromptEmbeds
+
+
+@dataclass(frozen=True)
+class Start:
+    """Pictures to begin with in place of noise, and the timestep from which on they are drawn anew."""
+
+    x_0: Tensor  # scaled latents fp32 [B, 4, h, w]
+    timestep: float
 
 
 @dataclass(frozen=True)
@@ -73,59 +85,70 @@ class ExpertEnsemble:
         """Index of the expert whose range holds t; None where no expert's does."""
         return next((i for i, expert in enumerate(self.experts) if t in expert.facts.timesteps), None)
 
+    def plan(self, settings: DrawSettings, from_t: float | None = None) -> list[tuple[int, float, int]]:
+        """The evaluations of a drawing: index in the scheduler's timesteps, t, and index of the expert it goes to.
+
+        Those of timesteps at or below `from_t`, where it is given, for which an expert answers.
+        """
+        scheduler = make_scheduler(settings.scheduler, self.contract)
+        scheduler.set_timesteps(settings.steps)
+        routed = [(i, float(t), self.at(float(t))) for i, t in enumerate(scheduler.timesteps)]
+        steps = [(i, t, who) for i, t, who in routed if who is not None and (from_t is None or t <= from_t)]
+        return [step for step in steps if step[0] >= first_whole_step(scheduler, steps[0][0])]
+
     def draw(
         self,
         prompts: Sequence[Prompt],
-        size_hw: tuple[int, int],
+        sizes: Sequence[MicroConditioning],
         settings: DrawSettings,
         noise: Tensor,
-        generator: torch.Generator,
+        generators: Sequence[torch.Generator],
+        start: Start | None = None,
     ) -> Tensor:
-        """Scaled latents fp32 [1, 4, h, w] drawn from `noise` of that shape; `prompts` stand in the experts' order.
+        """Scaled latents fp32 [B, 4, h, w] drawn from `noise` of that shape; `prompts` stand in the experts' order.
 
+        Each picture has a size and, for schedulers that draw noise at each step, a generator of its own. With `start`
+        drawing begins at the schedule's first timestep at or below start.timestep, with the picture noised to it.
         Timesteps that nobody answers for are left out: before the first expert's range the picture is noise, after
         the last one's it is that expert's own estimate of x_0. Raises ContractError where no timestep is left.
         """
-        scheduler = make_scheduler(settings.scheduler, self.contract)
+        steps = self.plan(settings, None if start is None else start.timestep)
+        if not steps:
+            raise ContractError(f"{settings.steps} steps never come to a timestep of {self.experts[-1].facts.name}")
+        scheduler, first = make_scheduler(settings.scheduler, self.contract), steps[0][0]
         scheduler.set_timesteps(settings.steps, device=noise.device)
-        routed = [(i, t, self.at(float(t))) for i, t in enumerate(scheduler.timesteps)]
-        routed = [step for step in routed if step[2] is not None]
-        if not routed:
-            raise ContractError(f"{settings.steps} steps never come to a timestep of {self.experts[0].facts.name}")
-        first, last = routed[0][0], routed[-1][0]
-        if hasattr(scheduler, "set_begin_index"):  # DDIM keeps no index: it works from t
-            scheduler.set_begin_index(first)
-        x = noise * _noise_scale(scheduler, first)
-        time_ids = MicroConditioning(size_hw, (0, 0), size_hw).time_ids()[None].to(x.device)
-        ancestral = "generator" in inspect.signature(scheduler.step).parameters
-        extra = {"generator": generator} if ancestral else {}
-        for _, t, index in routed:
-            assert index is not None
+        begin_at(scheduler, first)
+        x = noise * noise_scale(scheduler, first) if start is None else add_noise(scheduler, start.x_0, noise, first)
+        time_ids = torch.stack([size.time_ids() for size in sizes]).to(x.device)
+        extra = {"generator": list(generators)} if takes_generator(scheduler) else {}
+        for index, _, who in steps:
+            t = scheduler.timesteps[index]
             x_t = scheduler.scale_model_input(x, t)
-            prediction = self._guided(self.experts[index], prompts[index], x_t, t, time_ids, settings)
+            prediction = self._guided(who, prompts[who], x_t, t, time_ids, settings)
             x = scheduler.step(prediction, t, x, return_dict=False, **extra)[0]
-        if last < len(scheduler.timesteps) - 1:
+        if steps[-1][0] < len(scheduler.timesteps) - 1:
             return self._estimate(x_t, prediction, t)
         return x
 
     def _guided(
-        self, expert: Expert, prompt: Prompt, x_t: Tensor, t: Tensor, time_ids: Tensor, settings: DrawSettings
+        self, who: int, prompt: Prompt, x_t: Tensor, t: Tensor, time_ids: Tensor, settings: DrawSettings
     ) -> Tensor:
         """Classifier-free guidance (Ho & Salimans 2022), both halves in one batch, negative first."""
+        expert, guidance = self.experts[who], settings.guidance_of(who)
 
-        def predict(text: PromptEmbeds, count: int, score: float) -> Tensor:
-            x = torch.cat([x_t] * count).to(expert.dtype)
-            return expert.model(x, t, text, time_ids.expand(count, -1), score).float()
+        def predict(text: PromptEmbeds, copies: int, score: float) -> Tensor:
+            x = torch.cat([x_t] * copies).to(expert.dtype)
+            return expert.model(x, t, text, torch.cat([time_ids] * copies), score).float()
 
         facts = expert.facts
-        if settings.guidance <= 1:
+        if guidance <= 1:
             return predict(prompt.positive, 1, facts.aesthetic_score)
         if facts.layout == "sdxl":
             negative, positive = predict(_both(prompt), 2, facts.aesthetic_score).chunk(2)
         else:  # the halves differ in their score
             negative = predict(prompt.negative, 1, facts.negative_aesthetic_score)
             positive = predict(prompt.positive, 1, facts.aesthetic_score)
-        guided = negative + settings.guidance * (positive - negative)
+        guided = negative + guidance * (positive - negative)
         return rescale_guidance(guided, positive, settings.rescale(self.contract))
 
     def _estimate(self, x_t: Tensor, prediction: Tensor, t: Tensor) -> Tensor:
@@ -147,41 +170,6 @@ def rescale_guidance(guided: Tensor, positive: Tensor, share: float) -> Tensor:
     dims = list(range(1, guided.ndim))
     rescaled = guided * (positive.std(dim=dims, keepdim=True) / guided.std(dim=dims, keepdim=True))
     return share * rescaled + (1 - share) * guided
-
-
-def make_scheduler(name: str, contract: PairContract) -> Any:
-    """diffusers' scheduler of that name for this contract; raises ConfigError where it cannot serve it."""
-    if name not in SCHEDULERS:
-        raise ConfigError(f"--scheduler {name}: known are {', '.join(SCHEDULERS)}")
-    import diffusers
-
-    class_name, extra = SCHEDULERS[name]
-    scheduler_class = getattr(diffusers, class_name)
-    settings: dict[str, Any] = {
-        "num_train_timesteps": contract.num_timesteps,
-        "beta_start": contract.beta_start,
-        "beta_end": contract.beta_end,
-        "beta_schedule": contract.beta_schedule,
-        "prediction_type": contract.prediction_type,
-        "timestep_spacing": contract.timestep_spacing,
-        "steps_offset": 1,
-    }
-    if contract.zero_terminal_snr:
-        if "rescale_betas_zero_snr" not in inspect.signature(scheduler_class.__init__).parameters:
-            raise ConfigError(f"--scheduler {name} ignores zero-terminal SNR, which these experts were trained with")
-        settings["rescale_betas_zero_snr"] = True
-    if name == "euler-a" and contract.prediction_type == "sample":
-        raise ConfigError("--scheduler euler-a cannot draw with experts that predict x_0 ('sample')")
-    return scheduler_class(**settings, **extra)
-
-
-def _noise_scale(scheduler: Any, index: int) -> float:
-    """Spread of the latents at step `index`: 1 where they keep their variance, sqrt(sigma^2 + 1) where they do not."""
-    if index == 0:
-        return float(scheduler.init_noise_sigma)
-    if scheduler.init_noise_sigma == 1:
-        return 1.0
-    return float((scheduler.sigmas[index] ** 2 + 1) ** 0.5)
 
 
 def _both(prompt: Prompt) -> PromptEmbeds:

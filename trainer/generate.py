@@ -12,7 +12,7 @@ import torch
 
 from shared.atomic import write_atomically
 from shared.command import one_line
-from shared.conditioning import PromptEmbeds
+from shared.conditioning import MicroConditioning, PromptEmbeds
 from shared.contract import ExpertFacts, PairContract, check_pair
 from shared.device import choose_device
 from shared.errors import ConfigError, ContractError
@@ -22,7 +22,9 @@ from shared.text_encoders import TextEncoders, TextFacts, read_text_facts
 from shared.vae import Vae, VaeFacts, choose_encode_dtype, read_vae_facts
 from trainer.checkpoint import Checkpoint, open_expert
 from trainer.drawn import find_bases, load_experts
-from trainer.ensemble import DrawSettings, ExpertEnsemble, Prompt, make_scheduler
+from trainer.ensemble import DrawSettings, ExpertEnsemble, Prompt
+from trainer.schedulers import make_scheduler, scheduler_warnings
+from trainer.unet import read_unet_config
 
 
 @dataclass(frozen=True)
@@ -52,13 +54,16 @@ def generate(request: GenerateRequest) -> Iterator[Path]:
     vae_facts, text_facts = read_vae_facts(request.model), read_text_facts(request.model)
     contract = _check_together(checkpoints, request.model, vae_facts, text_facts)
     make_scheduler(request.settings.scheduler, contract)  # refused before anything large is loaded
+    for line in scheduler_warnings(request.settings.scheduler, contract):
+        say(line)
     device = choose_device(request.device)
     folders = find_bases(checkpoints, request.model, request.base)
     embeds = _encode(checkpoints, request, device)
     ensemble = ExpertEnsemble(load_experts(checkpoints, folders, text_facts.widths[1], device), contract)
     vae = Vae(request.model, device, choose_encode_dtype("auto", vae_facts, device.type))
     factor = vae_facts.downscale
-    hw = _size(request, ensemble.experts[0].model.unet.config.sample_size * factor, factor)
+    hw = _size(request, int(read_unet_config(folders[0])["sample_size"]) * factor, factor)
+    size = MicroConditioning(hw, (0, 0), hw)
     shape = (1, vae_facts.latent_channels, hw[0] // factor, hw[1] // factor)
     request.out.mkdir(parents=True, exist_ok=True)
     with progress("pictures", len(request.prompts) * request.count, "images") as advance:
@@ -67,7 +72,7 @@ def generate(request: GenerateRequest) -> Iterator[Path]:
                 generator = torch.Generator().manual_seed(seed)
                 noise = torch.randn(shape, generator=generator).to(device)
                 with torch.inference_mode():
-                    latents = ensemble.draw(embeds[index], hw, request.settings, noise, generator)
+                    latents = ensemble.draw(embeds[index], [size], request.settings, noise, [generator])
                 facts: dict[str, Any] = asdict(request.settings) | {"experts": _names(checkpoints)}
                 facts |= {"prompt": prompt, "negative_prompt": request.negative_prompt, "seed": seed}
                 path = request.out / f"{index:03d}-seed-{seed}.png"

@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 
 from cache_builder.captions import MAX_CAPTION_BYTES, CaptionRules, parse_caption
-from cache_builder.pixels import EXTENSIONS
 from cache_builder.scan_cache import ScanCache, file_state, read_remembered
 from cache_builder.sources import Found, MetaValue, Skipped
 from cache_builder.sources.columns import Complaints, name_caption
@@ -21,6 +20,7 @@ from cache_builder.sources.files import entry_kind, list_folder, printable, read
 from cache_builder.sources.metadata import Entry, read_metadata
 from cache_builder.sources.rules import SourceRules
 from shared.errors import DataError
+from shared.pictures import EXTENSIONS
 
 _NO_META: dict[str, MetaValue] = {}
 

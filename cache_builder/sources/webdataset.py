@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from cache_builder.captions import MAX_CAPTION_BYTES, CaptionRules, parse_caption
-from cache_builder.pixels import EXTENSIONS
 from cache_builder.sources import Found, MetaValue, Skipped
 from cache_builder.sources.archive import Member, Refused, members
 from cache_builder.sources.columns import Columns, Complaints, first_with_words, name_caption
 from cache_builder.sources.files import find_shards, open_beneath, printable, read_span, relative_path
 from cache_builder.sources.rules import SourceRules
 from shared.errors import ConfigError, DataError
+from shared.pictures import EXTENSIONS
 
 MAX_JSON_BYTES = 1 << 20
 MAX_GROUP = 1000  # files of one key

@@ -17,11 +17,11 @@ from PIL import Image
 
 from cache_builder.buckets import CropPlan, make_buckets, nearest_bucket, plan_crop
 from cache_builder.keys import facts_key, image_digest, sample_id, text_facts_key, text_key
-from cache_builder.pixels import PixelLimits, PixelRules, decode
 from cache_builder.report import BuildReport
 from shared.errors import DataError, ManifestMismatch
 from shared.manifest import open_manifest
 from shared.manifest_rows import ManifestRow
+from shared.pictures import PixelLimits, PixelRules, decode
 from shared.record import Record
 from shared.store import StoreReader
 from shared.text_encoders import TextEncoders, read_text_facts

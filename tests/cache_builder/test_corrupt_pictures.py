@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cache_builder.pixels import PictureError, PixelLimits, PixelRules, decode
 from cache_builder.report import BuildReport
 from shared.manifest import open_manifest
+from shared.pictures import PictureError, PixelLimits, PixelRules, decode
 from shared.store import StoreReader
 
 Build = Callable[..., BuildReport]

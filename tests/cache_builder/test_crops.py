@@ -22,8 +22,8 @@ from cache_builder.buckets import (
     plan_crop,
     size_px,
 )
-from cache_builder.pixels import PixelRules
 from shared.conditioning import MicroConditioning
+from shared.pictures import PixelRules
 from tests.pictures import crop
 
 MEASURES: Sequence[Measure] = ("area", "edge", "long_edge")

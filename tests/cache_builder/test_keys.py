@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from cache_builder.buckets import CropPlan
 from cache_builder.keys import crop_draw, facts_key, image_digest, latent_key, sample_id, text_facts_key, text_key
-from cache_builder.pixels import PixelRules
+from shared.pictures import PixelRules
 
 DIGEST = image_digest(b"a picture")
 PLAN = CropPlan((80, 64), 8, 0, (64, 64))

@@ -18,17 +18,9 @@ from hypothesis import strategies as st
 from PIL import Image, ImageCms, ImageFile, TiffImagePlugin
 
 from cache_builder.buckets import CropPlan, plan_crop
-from cache_builder.pixels import (
-    EXTENSIONS,
-    PictureError,
-    PixelLimits,
-    PixelRules,
-    Pixels,
-    decode,
-    difference_hashes,
-    read_size,
-)
+from cache_builder.pixels import difference_hashes
 from shared.errors import ConfigError, DataError
+from shared.pictures import EXTENSIONS, PictureError, PixelLimits, PixelRules, Pixels, decode, read_size
 from tests.pictures import crop, thumbnail
 
 RULES, LIMITS = PixelRules(), PixelLimits()
@@ -379,7 +371,7 @@ def test_bombs_are_refused_in_little_memory(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(data)
     program = """if True:
         import pathlib, resource, sys
-        from cache_builder.pixels import *
+        from shared.pictures import *
         resource.setrlimit(resource.RLIMIT_AS, (3 * 2**29, 3 * 2**29))
         for path in sorted(pathlib.Path(sys.argv[1]).iterdir()):
             data = path.read_bytes()

@@ -15,7 +15,6 @@ from PIL import Image
 from cache_builder.buckets import CropPlan
 from cache_builder.config import BuildConfig
 from cache_builder.keys import facts_key, image_digest, latent_key
-from cache_builder.pixels import PixelRules
 from cache_builder.report import BuildReport
 from cache_builder.scan import Sample, Scanner
 from cache_builder.sources import Found, Skipped
@@ -23,6 +22,7 @@ from demo.draw import draw
 from demo.scene import make_scene
 from shared.config import load_config
 from shared.errors import DataError
+from shared.pictures import PixelRules
 from shared.record import encode_record
 from shared.store import StoreWriter
 

@@ -11,10 +11,10 @@ import pytest
 from PIL import Image
 
 from cache_builder.report import BuildReport
-from cache_builder.sheet import CAPTION_LINES, SMALL_PX, WORDS_GAP_PX, Card, Panel, _line_px, draw_sheet
 from cache_builder.show import ShowOptions, show_store
 from shared.errors import ConfigError, ContractError, ManifestMismatch
 from shared.manifest import open_manifest, seal_manifest
+from shared.sheet import CAPTION_LINES, SMALL_PX, WORDS_GAP_PX, Card, Panel, _line_px, draw_sheet
 from shared.store import StoreWriter
 from shared.store_card import read_card, write_card
 from tests.pictures import write_shapes

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
 from cache_builder.config import SplitRules
-from cache_builder.pixels import PixelLimits, PixelRules, decode
 from cache_builder.split import Thumbnail, held_out
 from demo.draw import draw
 from demo.scene import make_scene
+from shared.pictures import PixelLimits, PixelRules, decode
 from tests.pictures import thumbnail
 
 FRACTIONS = (0.02, 0.05, 0.1, 0.2, 0.5)

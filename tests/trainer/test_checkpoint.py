@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,18 @@ def test_those_without_an_optimizer_still_draw(run: Path) -> None:
     with pytest.raises(CheckpointError, match=r"optimizer\.safetensors cannot be read"):
         old.optimizer_tensors()
     assert open_expert(run).state.step == 10
+
+
+@pytest.mark.parametrize("name", ["checksums.json", "expert.json", "ema/diffusion_pytorch_model.safetensors"])
+def test_a_damaged_one_that_was_named_is_never_passed_over(run: Path, tmp_path: Path, name: str) -> None:
+    own = shutil.copytree(run, tmp_path / "run")
+    newest = own / "checkpoints" / "step-00000010"
+    (newest / name).unlink()
+    with pytest.raises(CheckpointError, match=r"step-00000010.* is damaged"):
+        open_expert(newest)
+    with pytest.raises(CheckpointError, match=r"step-00000099 is damaged or incomplete.*No such file"):
+        open_expert(own / "checkpoints" / "step-00000099")
+    assert open_expert(own).state.step == 8  # of the run it is the newest that is whole
 
 
 def test_files_may_be_read_by_whom_the_umask_lets(run: Path) -> None:

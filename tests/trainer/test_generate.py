@@ -13,8 +13,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from shared.errors import CheckpointError, ConfigError, ContractError
-from trainer.ensemble import SCHEDULERS, DrawSettings
+from trainer.ensemble import DrawSettings
 from trainer.generate import GenerateRequest, generate
+from trainer.schedulers import SCHEDULERS
 
 PROMPT = "a red circle on white"
 Pair = tuple[Path, Path]
@@ -56,7 +57,7 @@ def test_what_a_picture_is_of_stands_in_it(draw: Draw) -> None:
     assert [expert["name"] for expert in facts["experts"]] == ["base", "refiner"]
 
 
-@pytest.mark.parametrize("scheduler", SCHEDULERS)
+@pytest.mark.parametrize("scheduler", [name for name in SCHEDULERS if name != "heun"])  # refused: zero-terminal SNR
 def test_every_scheduler_draws(draw: Draw, scheduler: str) -> None:
     assert pixels(draw(settings=DrawSettings(4, 5.0, None, scheduler))[0]).std() > 0
 

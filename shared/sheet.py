@@ -1,7 +1,7 @@
 """Draws a contact sheet: cards of pictures side by side with words under them, as one PNG.
 
-Pillow's other door of this tower: it draws what is given as arrays and never opens a file. Words are data: control
-characters and what the font cannot draw are written as escapes, and a card's words stay inside the card.
+It draws what is given as arrays and never opens a file. Words are data: control characters
+and what the font cannot draw are written as escapes, and a card's words stay inside the card.
 """
 
 import contextlib
