@@ -3,7 +3,7 @@
 `python -m benchmarks.inference [--json FILE] [--shape small]`. Measured: whole commands in processes of their own that
 take turns, from after their imports on; the time of a picture is what more pictures take more. Counted, without a GPU:
 the peak of each stage at SSD-1B's size, tensor by tensor on torch's meta device (inference_memory.py). With --device
-cuda --shape ssd-1b the first is measured at 1024 px there.
+cuda --shape ssd-1b --precision bf16 --steps 40 the first is measured at 1024 px there (20 GB of files), --offload too.
 """
 
 import argparse
@@ -40,6 +40,7 @@ class Job:
     steps: int
     device: str
     precision: str
+    offload: bool = False  # ours alone
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ def draw_ours(job: Job) -> None:
     request = GenerateRequest(
         job.pair.experts, job.pair.model, (PROMPT,), job.out, DrawSettings(job.steps, GUIDANCE),
         count=job.count, height=job.pair.size_px, width=job.pair.size_px, device=job.device, precision=job.precision,
+        offload=job.offload,
     )  # fmt: skip
     for _ in generate(request):
         pass
@@ -109,12 +111,12 @@ def measure(way: str, job: Job) -> Cost:
     return cost
 
 
-def measure_pair(pair: PairOnDisk, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+def measure_pair(pair: PairOnDisk, folder: Path, options: argparse.Namespace, offload: bool) -> dict[str, Any]:
     """Both ways in turns: time of a picture, time of the whole, memory; medians, and of the ratios of neighbours."""
     found: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
     for number in range(options.rounds):
         for way in sorted(WAYS, reverse=bool(number % 2)):  # neither is always the one that comes after
-            common = (options.steps, options.device, options.precision)
+            common = (options.steps, options.device, options.precision, offload)
             first = measure(way, Job(pair, folder / way, 1, *common))
             whole = measure(way, Job(pair, folder / way, options.count, *common))
             found[way].append({
@@ -185,11 +187,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"counted, {options.count_only}, {kind}: GB {stages}; {one['ratio_bf16']:.2f} of two pipelines in bf16 "
             f"({one['script_bf16'] / 1e9:.2f}), {one['ratio_fp16']:.2f} in fp16 ({one['script_fp16'] / 1e9:.2f})"
         )
-    for kind in ("pair", "adapters"):
+    for kind in ("pair", "adapters", *(["offload"] if options.device != "cpu" else [])):
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             pair = write_pair(folder, options.shape, kind == "adapters")
-            results["measured"][kind] = one = measure_pair(pair, folder, options)
+            results["measured"][kind] = one = measure_pair(pair, folder, options, kind == "offload")
             print(_measured(options.shape, kind, one))
     if options.json:
         options.json.write_text(json.dumps(results, indent=1) + "\n")

@@ -70,7 +70,7 @@ def test_drawing_begins_at_the_first_step_below_the_boundary(
     path = draw(from_images=pictures, limit=1, experts=pair[1:])[0]
     source = facts_of(path)["source"]
     assert (source["name"], round(source["timestep"])) == (sorted(pictures.glob("*.png"))[0].name, 332)
-    assert "1 pictures, each from t = 332 on in 10 evaluations" in capfd.readouterr().err
+    assert "1 picture, each from t = 332 on in 10 evaluations" in capfd.readouterr().err
 
 
 def test_the_refiner_alone_draws_what_the_pair_does(draw: Draw, pictures: Path, pair: Pair, tmp_path: Path) -> None:
@@ -119,7 +119,7 @@ def test_the_sheet_shows_the_source_beside_the_picture(
     draw: Draw, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shown: list[Card] = []
-    monkeypatch.setattr(generate_module, "save_sheet", lambda path, cards, facts: shown.extend(cards))
+    monkeypatch.setattr(generate_module, "save_sheet", lambda path, cards, *_: shown.extend(cards))
     draw(from_images=pictures, sheet=tmp_path / "sheet.png", height=64, width=64)
     assert len(shown) == 3
     for card, path in zip(shown, sorted(pictures.glob("*.png")), strict=True):
