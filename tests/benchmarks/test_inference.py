@@ -27,7 +27,7 @@ def test_weights_are_counted_as_published() -> None:
     assert stages.vae / 4 == pytest.approx(83.65e6, rel=1e-3)
 
 
-@pytest.mark.parametrize("is_adapter", [False, True])
+@pytest.mark.parametrize("is_adapter", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_both_ways_draw_the_same_pair(tmp_path: Path, is_adapter: bool) -> None:
     """Not the same picture to the bit: the second pipeline begins UniPC's history anew."""
     pair = write_pair(tmp_path, "tiny", is_adapter)
