@@ -15,17 +15,17 @@ from typing import Any
 from cache_builder.config import BuildConfig
 from cache_builder.encode import SampleEncoder
 from cache_builder.fill import Filler
-from cache_builder.keys import sample_id, text_key
-from cache_builder.meta import meta_row, meta_types
+from cache_builder.meta import meta_types
 from cache_builder.preview_fit import PreviewKeeper
 from cache_builder.report import BuildReport
 from cache_builder.runners import device_names, open_runner
 from cache_builder.scan import Sample, Scanner
+from cache_builder.sealing import SampleRows
 from cache_builder.sources import Source
 from cache_builder.split import Thumbnail, held_out
 from shared.errors import DataError
 from shared.manifest import check_data_sets, seal_manifest
-from shared.manifest_rows import ManifestRow, ManifestSettings, MetaType, Variant
+from shared.manifest_rows import ManifestSettings, MetaType
 from shared.store import StoreWriter
 from shared.text_encoders import TextFacts, read_text_facts
 from shared.vae import EncodeDtype, VaeFacts, choose_encode_dtype, read_vae_facts
@@ -70,16 +70,22 @@ def build(sources: Sequence[Source], model: Path, config: BuildConfig, options: 
         encoder = SampleEncoder(model, options.device, dtype, config.encode.latents, config.text.chunks)
         with open_runner(encoder) as runner:
             filler = Filler(store, config, report, runner, PreviewKeeper(options.store, vae.digest))
-            null_key = filler.encode_captions(samples, text, options.prompts)
+            keys = filler.encode_captions(samples, text, options.prompts)
             usable = filler.encode_pictures(samples, vae)
         report.quarantined.sort()
         check_quarantine(config, report, usable)
         split = held_out(config.split, [s.path for s in usable], [_known(s.thumbnail) for s in usable])
         report.held_out = sum(split)
-        settings = _settings(config, vae, text, dtype, null_key, datasets, index, meta, options.prompts)
-        rows = [_row(s, is_out, config, text, meta) for s, is_out in zip(usable, split, strict=True)]
+        settings = _settings(config, vae, text, dtype, keys, datasets, index, meta, options.prompts)
+        rows = SampleRows(usable, split, keys, meta)
         report.digest = seal_manifest(
-            options.store, options.manifest, settings, rows, replace=options.replace, allow_shrink=options.allow_shrink
+            options.store,
+            options.manifest,
+            settings,
+            rows,
+            in_order=True,
+            replace=options.replace,
+            allow_shrink=options.allow_shrink,
         ).digest
     report.check()
     report.seconds = time.monotonic() - started_s
@@ -123,7 +129,7 @@ def _settings(
     vae: VaeFacts,
     text: TextFacts,
     dtype: EncodeDtype,
-    null_key: bytes,
+    keys: Mapping[str, bytes],
     datasets: tuple[str, ...],
     index: Mapping[str, Any],
     meta: dict[str, MetaType],
@@ -142,38 +148,18 @@ def _settings(
         text_widths=text.widths,
         pooled_width=text.pooled_width,
         text_chunks=config.text.chunks,
-        null_text_key=null_key.hex(),
+        null_text_key=keys[""].hex(),
         zeros_for_empty_prompt=bool(index.get("force_zeros_for_empty_prompt", True)),
         datasets=datasets,
         build=declared,
         meta=meta,
-        prompts={prompt: text_key(prompt, config.text.chunks, text.digests).hex() for prompt in prompts},
+        prompts={prompt: keys[prompt].hex() for prompt in prompts},
     )
 
 
 def _rules(config: BuildConfig) -> dict[str, Any]:
     """The rules of one data set; where its root is does not count, so that it may move."""
     return config.model_dump(mode="json", include={"source", "images", "captions"})
-
-
-def _row(
-    sample: Sample, is_held_out: bool, config: BuildConfig, text: TextFacts, meta: Mapping[str, MetaType]
-) -> ManifestRow:
-    return ManifestRow(
-        dataset=sample.dataset,
-        sample_id=sample_id(sample.dataset, sample.digest),
-        path=sample.path,
-        image_digest=sample.digest,
-        original_hw=sample.original_hw,
-        bucket_hw=sample.crops[0].plan.target_hw,
-        variants=tuple(
-            Variant(crop.latent_key, crop.plan.flip, crop.plan.crop_top_left, crop.plan.target_hw)
-            for crop in sample.crops
-        ),
-        text_keys=tuple(text_key(caption, config.text.chunks, text.digests) for caption in sample.captions),
-        split="eval" if is_held_out else "train",
-        meta=meta_row(sample, meta),
-    )
 
 
 def _known(thumb: Thumbnail | None) -> Thumbnail:

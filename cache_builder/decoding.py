@@ -68,7 +68,7 @@ def _decode(picture: Picture) -> list[DecodedCrop] | DataError:
         decoded = decode_sample(picture.samples[0])
     except DataError as error:
         return error
-    rules, thumb = picture.samples[0].rules, decoded.thumbnail()
+    rules, thumb = picture.samples[0].rules, decoded.thumbnail().tobytes()
     return [DecodedCrop(picture, Crop(c.latent_key, decoded.crop(c.plan, rules)), thumb) for c in picture.crops]
 
 

@@ -206,6 +206,12 @@ class _Nothing:
     def get(self, key: bytes) -> None:
         return None
 
+    def cursor(self) -> contextlib.nullcontext["_Nothing"]:
+        return contextlib.nullcontext(self)
+
+    def set_key(self, key: bytes) -> bool:
+        return False
+
 
 @dataclass(frozen=True)
 class _NoStore:

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 
+import numpy as np
+
 from cache_builder.config import BuildConfig
 from cache_builder.decoding import DecodedCrop, crop_batches
 from cache_builder.encode import Captions, Framed, Job, Records
@@ -14,13 +16,11 @@ from cache_builder.preview_fit import PreviewKeeper
 from cache_builder.report import BuildReport
 from cache_builder.runners import Runner
 from cache_builder.scan import Sample
-from cache_builder.split import Thumbnail
+from cache_builder.split import THUMBNAIL_HWC, Thumbnail
 from cache_builder.todo import (
-    KEYS_AT_ONCE,
     Picture,
     account_for,
     batches,
-    known_count,
     missing_captions,
     missing_pictures,
     picture_bytes,
@@ -28,6 +28,7 @@ from cache_builder.todo import (
     text_bytes,
     text_keys,
 )
+from cache_builder.truncated import count_truncated
 from shared.progress import progress
 from shared.record import encode_record
 from shared.store import StoreWriter, free_bytes
@@ -45,12 +46,14 @@ class Filler:
     runner: Runner
     preview: PreviewKeeper
 
-    def encode_captions(self, samples: Sequence[Sample], text: TextFacts, prompts: Sequence[str] = ()) -> bytes:
-        """Store the embeds of every caption and prompt that is not stored yet, and of the empty one; its key."""
-        captions = dict.fromkeys(caption for sample in samples for caption in sample.captions)
+    def encode_captions(
+        self, samples: Sequence[Sample], text: TextFacts, prompts: Sequence[str] = ()
+    ) -> dict[str, bytes]:
+        """Store the embeds of every caption and prompt that is not stored yet, and of the empty one; all their keys."""
+        keys = text_keys(samples, prompts, self.config, text)
+        captions = {caption for sample in samples for caption in sample.captions}
         self.report.captions = sum(len(sample.captions) for sample in samples)
         self.report.unique_captions = len(captions)
-        keys = text_keys(samples, prompts, self.config, text)
         missing = missing_captions(self.store, keys)
         self.report.encoded_captions = len(missing)
         self._require_space(text_bytes(len(missing), self.config, text))
@@ -59,10 +62,10 @@ class Filler:
             for count, records in done:
                 self.store.put_many([record for record in records if record is not None])
                 advance(count)
-        self.report.truncated = self._count_truncated([keys[caption] for caption in captions])
+        self.report.truncated = count_truncated(self.store, [keys[caption] for caption in captions])
         self.report.prompts = len(prompts)
-        self.report.truncated_prompts = self._count_truncated([keys[prompt] for prompt in prompts])
-        return keys[""]
+        self.report.truncated_prompts = count_truncated(self.store, [keys[prompt] for prompt in prompts])
+        return keys
 
     def encode_pictures(self, samples: Sequence[Sample], vae: VaeFacts) -> list[Sample]:
         """Store the latents of every crop that has none yet; returns the samples whose crops are all stored now."""
@@ -109,18 +112,11 @@ class Filler:
         self.store.put_many(list(records.items()))
         return lost
 
-    def _count_truncated(self, keys: Sequence[bytes]) -> int:
-        count = 0
-        for batch in batches(keys, KEYS_AT_ONCE):
-            with self.store.snapshot() as snapshot:
-                found = (known_count(snapshot, key) for key in batch)
-                count += sum(tokens is not None and tokens.truncated for tokens in found)  # a count for people
-        return count
-
     def _require_space(self, needed_bytes: int) -> None:
         require_space(self.store.path, needed_bytes, free_bytes(self.store.path))
 
 
 def _facts_record(sample: Sample, thumb: Thumbnail) -> Framed:
     meta = {"original_hw": list(sample.original_hw)}
-    return sample.facts_key, encode_record(sample.facts_key, "picture facts", {"thumbnail": thumb}, meta)
+    pixels = np.frombuffer(thumb, np.uint8).reshape(THUMBNAIL_HWC)
+    return sample.facts_key, encode_record(sample.facts_key, "picture facts", {"thumbnail": pixels}, meta)

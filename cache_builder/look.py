@@ -2,27 +2,32 @@
 
 source.scan() -> look_at -> Seen, in the order of the source -> scan.py
 
-What the scan cache knows is not opened. Of the rest, large files are read and hashed in threads (reading and hashing
-let other threads run), small ones at once: handing one over costs more than it saves.
+What the scan cache knows is not opened, and where it has the facts no record of the store is read either: they are
+kept beside the digest, under the key that they have in the store. Of the rest, large files are read and hashed in
+threads (reading and hashing let other threads run), small ones at once: handing one over costs more than it saves.
 """
 
 import itertools
+import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
 
-from cache_builder.keys import facts_key, image_digest
+from cache_builder.keys import facts_keys_under, image_digest
 from cache_builder.scan_cache import ScanCache, State
 from cache_builder.sources import Found
-from cache_builder.split import Thumbnail
+from cache_builder.split import THUMBNAIL_BYTES, Thumbnail
 from shared.errors import RecordCorrupt
 from shared.pictures import PixelLimits, PixelRules, read_size
 from shared.store import Snapshot, Store
 
 FILES_AT_ONCE = 256  # looked up in one read transaction
 WORTH_A_THREAD_BYTES = 64 << 10
+
+_DIGEST_BYTES = 32
+_FACTS = struct.Struct(f"<16sII{THUMBNAIL_BYTES}s")  # what may stand behind a picture's digest in the scan cache
 
 T = TypeVar("T")
 Facts = tuple[tuple[int, int], Thumbnail]
@@ -46,6 +51,10 @@ class Looker:
     limits: PixelLimits
     store: Store
     cache: ScanCache
+    facts_key: Callable[[bytes], bytes] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "facts_key", facts_keys_under(self.rules))
 
     def remembered(self, items: Sequence[Found]) -> list[tuple[State | None, Seen | None]]:
         """For each picture its file's state, and what is known of it without its bytes, if all is."""
@@ -57,20 +66,27 @@ class Looker:
         """What the bytes of a picture say; raises DataError."""
         data = item.read()
         digest = image_digest(data)
-        key = facts_key(digest, self.rules)
+        key = self.facts_key(digest)
         with self.store.snapshot() as snapshot:
             facts = _facts(key, snapshot)
         size_hw, thumbnail = facts or (read_size(data, self.limits), None)
         if state is not None and (after := _state(item)) is not None:
-            self.cache.put("picture", item.path, state, after, digest)
+            self.cache.put("picture", item.path, state, after, _remember(digest, key, facts))
         return Seen(digest, key, size_hw, thumbnail)
 
     def _known(self, item: Found, state: State | None, snapshot: Snapshot) -> Seen | None:
-        if state is None or (digest := self.cache.get("picture", item.path, state)) is None:
+        if state is None or (value := self.cache.get("picture", item.path, state)) is None:
             return None
-        key = facts_key(digest, self.rules)
-        facts = _facts(key, snapshot)
-        return Seen(digest, key, *facts) if facts else None
+        digest = value[:_DIGEST_BYTES]
+        key = self.facts_key(digest)
+        if len(value) > _DIGEST_BYTES:
+            of_key, height, width, thumbnail = _FACTS.unpack_from(value, _DIGEST_BYTES)
+            if of_key == key:  # they were found under these rules for pixels
+                return Seen(digest, key, (height, width), thumbnail)
+        if facts := _facts(key, snapshot):
+            self.cache.learn("picture", item.path, state, _remember(digest, key, facts))
+            return Seen(digest, key, *facts)
+        return None
 
 
 def look_at(
@@ -102,11 +118,15 @@ def _state(item: Found) -> State | None:
         return None  # reading it says why
 
 
+def _remember(digest: bytes, key: bytes, facts: Facts | None) -> bytes:
+    return digest + _FACTS.pack(key, *facts[0], facts[1]) if facts else digest
+
+
 def _facts(key: bytes, snapshot: Snapshot) -> Facts | None:
     """What an earlier build found out of a picture; None where it has to be found out."""
     try:
         record = snapshot.read(key)
         height, width = record.meta["original_hw"]
-        return (height, width), record.tensors["thumbnail"].copy()  # not all of its record
+        return (height, width), record.tensors["thumbnail"].tobytes()  # not all of its record
     except RecordCorrupt:  # or absent
         return None

@@ -10,7 +10,7 @@ from pathlib import Path
 from cache_builder.advice import caption_place, nothing_found
 from cache_builder.buckets import CropPlan, Size, enlargement, make_buckets, nearest_bucket, own_bucket, plan_crop
 from cache_builder.config import BuildConfig, ImageRules
-from cache_builder.keys import crop_draw, latent_key, subset_rank
+from cache_builder.keys import KeyOf, crop_draw, latent_keys_of, subset_rank
 from cache_builder.look import Looker, Seen, look_at
 from cache_builder.report import BuildReport
 from cache_builder.scan_cache import ScanCache, cache_path
@@ -23,8 +23,10 @@ from shared.pictures import PictureError, PixelLimits, PixelRules
 from shared.store import Store
 from shared.vae import EncodeDtype
 
+MOST_PLANS = 4096  # whose keys are half made once for all pictures that are cut alike
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(slots=True)
 class PlannedCrop:
     """One crop of a picture and the key of its latents."""
 
@@ -40,9 +42,9 @@ class Sample:
     path: str
     digest: bytes
     read: Callable[[], bytes]
-    captions: list[str]
+    captions: tuple[str, ...]
     original_hw: tuple[int, int]
-    crops: list[PlannedCrop]
+    crops: tuple[PlannedCrop, ...]
     facts_key: bytes
     rules: PixelRules
     limits: PixelLimits
@@ -74,7 +76,9 @@ class Scanner:
         self.limits = PixelLimits(images.max_pixels, images.max_bytes)
         self.buckets = _buckets(images)
         self._nearest: dict[Size, Size] = {}
+        self._sizes: dict[Size, Size] = {}  # each kept once for all pictures of it
         self._plans_of_size: dict[Size, list[CropPlan]] = {}
+        self._keys_of: dict[CropPlan, KeyOf] = {}
 
     def scan(self, sources: Sequence[Source], store: Store) -> list[Sample]:
         """All samples of `sources`, in order; raises DataError where there is nothing to train on."""
@@ -138,7 +142,7 @@ class Scanner:
         digest, size_hw = seen.digest, seen.size_hw
         texts = write_texts(captions, self.config.captions, self.config.seed, digest)
         if digest in known:  # the same bytes under another name: one sample with the captions of both
-            known[digest].captions = list(dict.fromkeys([*known[digest].captions, *texts]))
+            known[digest].captions = tuple(dict.fromkeys([*known[digest].captions, *texts]))
             known[digest].meta = {**item.meta, **known[digest].meta}
             self.report.duplicate += 1
             return
@@ -152,8 +156,8 @@ class Scanner:
             digest=digest,
             read=item.read,
             captions=texts,
-            original_hw=size_hw,
-            crops=[self._planned(digest, plan) for plan in self._plans(digest, size_hw, bucket_hw)],
+            original_hw=self._sizes.setdefault(size_hw, size_hw),
+            crops=tuple(self._planned(digest, plan) for plan in self._plans(digest, size_hw, bucket_hw)),
             facts_key=seen.facts_key,
             rules=self.pixel_rules,
             limits=self.limits,
@@ -179,7 +183,7 @@ class Scanner:
             self.report.sided += 1
             if flip == "on":
                 return
-        sample.crops += [self._planned(sample.digest, replace(crop.plan, flip=True)) for crop in sample.crops]
+        sample.crops += tuple(self._planned(sample.digest, replace(crop.plan, flip=True)) for crop in sample.crops)
 
     def _note_enlargement(self, factor: float) -> None:
         self.report.enlarged += factor > 1
@@ -226,8 +230,12 @@ class Scanner:
         return list(dict.fromkeys(plans))
 
     def _planned(self, digest: bytes, plan: CropPlan) -> PlannedCrop:
-        rules, latents = self.pixel_rules, self.config.encode.latents
-        return PlannedCrop(plan, latent_key(digest, plan, rules, self.vae_digest, self.encode_dtype, latents))
+        if (keys := self._keys_of.get(plan)) is None:
+            rules, latents = self.pixel_rules, self.config.encode.latents
+            keys = latent_keys_of(plan, rules, self.vae_digest, self.encode_dtype, latents)
+            if len(self._keys_of) < MOST_PLANS:  # random crops have plans of their own
+                self._keys_of[plan] = keys
+        return PlannedCrop(plan, keys(digest))
 
     def _require_captions(self) -> None:
         if self.without_caption:

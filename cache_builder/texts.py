@@ -17,13 +17,17 @@ _SIDES = re.compile(r"\b(?:left|right)(?:most|wards?)?\b", re.IGNORECASE)
 
 def filter_captions(captions: Iterable[str], rules: CaptionRules) -> tuple[str, ...]:
     """`captions` without what the rules remove, each once; what is left of one may be empty."""
+    if not rules.remove and not rules.remove_patterns:
+        return tuple(dict.fromkeys(captions))
     return tuple(dict.fromkeys(_filter(caption, rules) for caption in captions))
 
 
-def write_texts(captions: Sequence[str], rules: CaptionRules, seed: int, digest: bytes) -> list[str]:
+def write_texts(captions: Sequence[str], rules: CaptionRules, seed: int, digest: bytes) -> tuple[str, ...]:
     """The texts of a picture: of each caption first itself, then its variants; each once."""
+    if rules.variants.count == 1 and not (rules.trigger or rules.prefix or rules.suffix):
+        return tuple(dict.fromkeys(captions))
     varied = (text for caption in captions for text in _vary(caption, rules.variants, seed, digest))
-    return list(dict.fromkeys(_finish(text, rules) for text in varied))
+    return tuple(dict.fromkeys(_finish(text, rules) for text in varied))
 
 
 def says_a_side(text: str) -> bool:

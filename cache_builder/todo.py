@@ -3,13 +3,14 @@
 samples of scan.py -> what is missing -> fill.py encodes it; dry_run.py tells it, rehearsal.py times a sample of it
 """
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 from cache_builder.config import BuildConfig
-from cache_builder.keys import text_facts_key, text_key
+from cache_builder.keys import text_facts_key, text_keys_for
 from cache_builder.report import BuildReport
 from cache_builder.scan import PlannedCrop, Sample
 from shared.conditioning import TEXT_LENGTH
@@ -72,8 +73,10 @@ def text_keys(
     samples: Sequence[Sample], prompts: Sequence[str], config: BuildConfig, text: TextFacts
 ) -> dict[str, bytes]:
     """Every caption and prompt once, and the empty one, each with its key."""
-    texts = dict.fromkeys([*(caption for sample in samples for caption in sample.captions), *prompts, ""])
-    return {caption: text_key(caption, config.text.chunks, text.digests) for caption in texts}
+    captions = (caption for sample in samples for caption in sample.captions)
+    texts = dict.fromkeys(itertools.chain(captions, prompts, [""]))
+    key = text_keys_for(config.text.chunks, text.digests)
+    return {caption: key(caption.encode()) for caption in texts}
 
 
 def missing_captions(store: Store, keys: Mapping[str, bytes]) -> list[str]:
@@ -84,15 +87,19 @@ def missing_captions(store: Store, keys: Mapping[str, bytes]) -> list[str]:
 
 
 def missing_pictures(store: Store, samples: Sequence[Sample]) -> list[Picture]:
-    """The pictures of which something is missing, each with its missing crops; all of them where its facts are."""
-    stored = stored_keys(store, {crop.latent_key for sample in samples for crop in sample.crops})
+    """The pictures that lack something, each with its missing crops, or all of them where its facts are missing."""
+    wanted = {crop.latent_key for sample in samples for crop in sample.crops}
+    wanted.update(sample.facts_key for sample in samples if sample.thumbnail is not None)
+    stored = stored_keys(store, wanted)
     pictures: dict[bytes, Picture] = {}
     for sample in samples:
-        picture = pictures.setdefault(sample.facts_key, Picture([], []))
-        picture.samples.append(sample)
-        missing = [c for c in sample.crops if sample.thumbnail is None or c.latent_key not in stored]
-        picture.crops.extend(crop for crop in missing if crop not in picture.crops)
-    return [picture for picture in pictures.values() if picture.crops]
+        has_facts = sample.thumbnail is not None and sample.facts_key in stored  # a scan cache may have more of them
+        missing = [crop for crop in sample.crops if not has_facts or crop.latent_key not in stored]
+        if missing:  # which a rebuild finds of hardly any
+            picture = pictures.setdefault(sample.facts_key, Picture([], []))
+            picture.samples.append(sample)
+            picture.crops.extend(crop for crop in missing if crop not in picture.crops)
+    return list(pictures.values())
 
 
 def stored_keys(store: Store, keys: Iterable[bytes]) -> set[bytes]:
@@ -100,7 +107,7 @@ def stored_keys(store: Store, keys: Iterable[bytes]) -> set[bytes]:
     found: set[bytes] = set()
     for batch in batches(sorted(keys), KEYS_AT_ONCE):
         with store.snapshot() as snapshot:
-            found.update(key for key in batch if snapshot.has(key))
+            found.update(snapshot.present(batch))
     return found
 
 

@@ -3,18 +3,18 @@
 import glob
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from shared.errors import ConfigError
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Put `data` at `path`: written to a temporary name beside it, synced, renamed, and the folder synced."""
+def write_atomically(path: Path, data: bytes | Iterable[bytes]) -> None:
+    """Put `data`, or its parts, at `path`: written under a temporary name, synced, renamed, the folder synced."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with temporary.open("wb") as file:
-        file.write(data)
+        file.writelines([data] if isinstance(data, bytes) else data)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)

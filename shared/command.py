@@ -66,11 +66,6 @@ def yield_idle_threads() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
-def not_yet(name: str, instead: str) -> NoReturn:
-    """Say in one line that a command comes later, and end with 64."""
-    _fail(ConfigError(f"{name} is not built yet; {instead}"))
-
-
 def one_line(text: str) -> str:
     """`text` with control characters escaped, so that file names and captions cannot forge lines of output."""
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)

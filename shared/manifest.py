@@ -13,12 +13,13 @@ shared/manifest_rows.py.
 
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import re
 import time
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ from shared.manifest_rows import (
 )
 
 MANIFEST_FORMAT = 1
+ROWS_AT_ONCE = 4096
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _METADATA_KEY = b"sdxl-experts"
@@ -146,15 +148,17 @@ def seal_manifest(
     settings: ManifestSettings,
     rows: Iterable[ManifestRow],
     *,
+    in_order: bool = False,
     replace: bool = False,
     allow_shrink: bool = False,
 ) -> Manifest:
     """Write, sync and rename a manifest into place and make it NAME's current one; the same content is sealed once.
 
-    What is there but damaged is made anew. Raises ManifestMismatch where NAME holds other data sets and `replace` is
+    Rows that are `in_order` by ManifestRow.order, and can be gone through twice, are not all held in memory. What is
+    there but damaged is made anew. Raises ManifestMismatch where NAME holds other data sets and `replace` is
     not given, or where more than a tenth of its rows would be lost and `allow_shrink` is not given.
     """
-    ordered = sorted(rows, key=ManifestRow.order)
+    ordered = rows if in_order and isinstance(rows, Collection) else sorted(rows, key=ManifestRow.order)
     digest = manifest_digest(settings, ordered)
     folder = _folder(store, name)
     check_data_sets(store, name, settings.datasets, replace=replace)
@@ -252,10 +256,10 @@ def _check_shrinking(old: Manifest | None, count: int, allow_shrink: bool) -> No
         )
 
 
-def _write(folder: Path, digest: str, settings: ManifestSettings, ordered: Sequence[ManifestRow]) -> None:
+def _write(folder: Path, digest: str, settings: ManifestSettings, ordered: Collection[ManifestRow]) -> None:
     card = {"format": MANIFEST_FORMAT, "digest": digest, "settings": settings.as_json()}
     schema = schema_of(settings).with_metadata({_METADATA_KEY: json.dumps(card, sort_keys=True).encode()})
-    columns = [pa.array([column_value(row, field.name) for row in ordered], field.type) for field in schema]
+    columns = _columns(schema, ordered)
     temporary, final = folder / f".{digest}.{os.getpid()}.tmp", folder / f"{digest}.arrow"
     with pa.OSFile(str(temporary), "wb") as file, pa.ipc.new_file(file, schema) as writer:
         writer.write_batch(pa.record_batch(columns, schema=schema))
@@ -272,6 +276,16 @@ def _write(folder: Path, digest: str, settings: ManifestSettings, ordered: Seque
     os.replace(temporary, final)
     sync_folder(folder)
     write_atomically(folder / f"{digest}.json", json.dumps(seal, indent=1).encode() + b"\n")
+
+
+def _columns(schema: pa.Schema, ordered: Iterable[ManifestRow]) -> list[pa.Array]:
+    """The columns of `ordered`; of a few thousand rows at once, for as values of Python they are much larger."""
+    parts: list[list[pa.Array]] = [[pa.array([], field.type)] for field in schema]
+    rest = iter(ordered)
+    while some := list(itertools.islice(rest, ROWS_AT_ONCE)):
+        for field, part in zip(schema, parts, strict=True):
+            part.append(pa.array([column_value(row, field.name) for row in some], field.type))
+    return [pa.chunked_array(part).unify_dictionaries().combine_chunks() for part in parts]
 
 
 def _folder(store: Path, name: str) -> Path:

@@ -79,6 +79,15 @@ def decode(data: bytes, rules: PixelRules, limits: PixelLimits) -> Pixels:
         return np.asarray(_decode(data, rules, limits))
 
 
+def cover(image: Image.Image, hw: tuple[int, int]) -> Pixels:
+    """Resized (antialiased) so that it covers (h, w), px, and cut in the middle: uint8 [h, w, 3]; one resize."""
+    scale = max(hw[0] / image.height, hw[1] / image.width)
+    half_h, half_w = hw[0] / scale / 2, hw[1] / scale / 2
+    box = (image.width / 2 - half_w, image.height / 2 - half_h, image.width / 2 + half_w, image.height / 2 + half_h)
+    inside = (max(0.0, box[0]), max(0.0, box[1]), min(image.width, box[2]), min(image.height, box[3]))
+    return np.asarray(image.resize((hw[1], hw[0]), Image.Resampling.LANCZOS, box=inside))
+
+
 def _decode(data: bytes, rules: PixelRules, limits: PixelLimits) -> Image.Image:
     with _open(data, limits) as image:
         orientation = _orientation(image)

@@ -99,6 +99,11 @@ class Vae:
         self._vae.to(self.device).eval().requires_grad_(False)
         self.scaling_factor = float(self._vae.config.scaling_factor)
 
+    @property
+    def module(self) -> Any:
+        """The network itself, for whoever moves it to another device."""
+        return self._vae
+
     def encode(self, pixels: "Tensor") -> "LatentMoments":
         """Moments fp32 [B, 4, h, w] of pixels uint8 [B, H, W, 3], unscaled."""
         import torch

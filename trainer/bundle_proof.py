@@ -16,7 +16,7 @@ from shared.device import choose_device
 from shared.errors import ContractError
 from trainer.adapter import ADAPTER_FILE
 from trainer.bundle_stage import Stage
-from trainer.schedulers import make_scheduler, support_of
+from trainer.schedulers import SCHEDULERS, make_scheduler
 from trainer.unet import load_unet
 
 # Schedulers that keep no history, so that stages with a scheduler each are one loop: what is proved with them is exact.
@@ -47,8 +47,7 @@ def prove(stages: Sequence[Stage], device_name: str, load: Any) -> list[str]:
     device = choose_device(device_name)
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     contract = stages[0].card.contract
-    kind = (contract.prediction_type, contract.zero_terminal_snr)
-    names = [name for name in FIRST_ORDER if support_of(name, *kind).verdict != "refused"]
+    names = [name for name in FIRST_ORDER if name in SCHEDULERS and _serves(name, contract)]
     steps = {name: _few_steps(name, stages) for name in names}
     drawn = {name: _Drawn(torch.Generator().manual_seed(0)) for name in names}
     for stage in stages:
@@ -92,6 +91,16 @@ def quiet() -> Iterator[None]:
     finally:
         of_diffusers.set_verbosity(levels[0])
         of_transformers.set_verbosity(levels[1])
+
+
+def _serves(name: str, contract: Any) -> bool:
+    from shared.errors import ConfigError
+
+    try:
+        make_scheduler(name, contract)
+    except ConfigError:
+        return False
+    return True
 
 
 def _timesteps(name: str, contract: Any, steps: int) -> list[float]:

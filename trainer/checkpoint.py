@@ -79,6 +79,12 @@ class Checkpoint:
         """The folder of the weights to draw with: averaged where they are kept."""
         return self.path / ("ema" if (self.path / "ema").is_dir() else "unet")
 
+    def weights_sha256(self, folder: str) -> str:
+        """sha256 of the weights in unet/ or ema/, hex, as it was verified."""
+        name = ADAPTER_FILE if self.card.facts.adapter else UNET_FILE
+        sums = json.loads((self.path / "checksums.json").read_text())
+        return str(sums[f"{folder}/{name}"]["sha256"])
+
     def weights(self, folder: str) -> dict[str, Tensor]:
         """The tensors in unet/ or ema/."""
         return read_tensors(self.path / folder / (ADAPTER_FILE if self.card.facts.adapter else UNET_FILE))

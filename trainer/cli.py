@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from shared.command import not_yet, run_command, yield_idle_threads
+from shared.command import run_command, yield_idle_threads
 
 if TYPE_CHECKING:
     from trainer.run import Request
@@ -30,19 +30,48 @@ Experts = Annotated[
     list[Path], typer.Option("--expert", help="Run folder, checkpoint or best.json of an expert; give both.")
 ]
 Prompts = Annotated[list[str] | None, typer.Option("--prompt", help="What to draw; may be given again.")]
-PromptFile = Annotated[Path | None, typer.Option("--prompts", help="Text file with a prompt on each line.")]
+ExpertPrompts = Annotated[
+    list[str] | None, typer.Option("--expert-prompt", help="In place of --prompt: one for each --expert, in order.")
+]
+PromptFile = Annotated[
+    Path | None,
+    typer.Option("--prompts", help="Prompts: a text file, one a line, or the column of a csv, tsv, parquet."),
+]
 Out = Annotated[Path, typer.Option("--out", help="Folder for the pictures.")]
+Wait = Annotated[bool, typer.Option("--wait", help="Wait until a build has sealed the manifest.")]
 Base = Annotated[
-    Path | None, typer.Option(help="Run folder or checkpoint that adapter experts stand on, if it is not --model.")
+    Path | None,
+    typer.Option(help="Run, checkpoint or model folder that adapter experts stand on, if it is not --model."),
 ]
 Steps = Annotated[int, typer.Option(min=1, max=1000, help="Steps of the scheduler.")]
-Guidance = Annotated[float, typer.Option(min=0, help="Weight of the prompt; 1 or less draws without guidance.")]
+Guidance = Annotated[
+    list[float] | None,
+    typer.Option(
+        min=0, help="Weight of the prompt, 9.2 by default; 1 or less draws without. Once, or for each --expert."
+    ),
+]
 Rescale = Annotated[float | None, typer.Option(min=0, max=1, help="0.7 with zero-terminal SNR, 0 without.")]
 Scheduler = Annotated[str, typer.Option(help="unipc, dpm++, dpm++-karras, euler, euler-a, heun or ddim.")]
-Seed = Annotated[int, typer.Option(help="Seed of the first picture; each next one counts up.")]
-Negative = Annotated[str | None, typer.Option(help="What not to draw; the null prompt where it is not given.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the first picture; each next one counts up.")]
+Negative = Annotated[
+    list[str] | None, typer.Option(help="What not to draw, else the null prompt. Once, or for each --expert.")
+]
 Size = Annotated[int | None, typer.Option(min=64, help="Pixels; the UNet's own size by default.")]
-Count = Annotated[int, typer.Option(min=1, help="Pictures of each prompt.")]
+Count = Annotated[int, typer.Option(min=1, help="Pictures of each prompt, or of each given picture.")]
+Batch = Annotated[int, typer.Option(min=1, help="Pictures drawn at once.")]
+Precision = Annotated[str, typer.Option(help="Of the UNets: fp32, bf16, fp16; auto is bf16 on cuda, else fp32.")]
+Offload = Annotated[bool, typer.Option("--offload", help="One UNet on the device at a time.")]
+Sheet = Annotated[Path | None, typer.Option(help="A contact sheet too, as one PNG.")]
+FromImages = Annotated[
+    Path | None,
+    typer.Option(help="Begin with a picture, a folder of them, or a store's held-out split; not with noise."),
+]
+OfManifest = Annotated[str, typer.Option("--manifest", help="With --from-images STORE: the manifest.")]
+StartAt = Annotated[
+    int | None,
+    typer.Option(help="With --from-images: noise to the schedule's first step at or below; below B by default."),
+]
+Limit = Annotated[int | None, typer.Option(min=1, help="With --from-images: at most so many.")]
 
 BundleOut = Annotated[Path, typer.Option("--out", help="Folder for the bundle; it must be new or empty.")]
 BundleForm = Annotated[str, typer.Option("--format", help="diffusers, single-file or kohya-lora.")]
@@ -50,6 +79,12 @@ BundleDtype = Annotated[str | None, typer.Option("--dtype", help="fp32, fp16 or 
 Raw = Annotated[bool, typer.Option("--raw", help="Raw weights, where averaged ones are kept too.")]
 Merge = Annotated[bool, typer.Option("--merge", help="Add adapters to the UNets that they stand on.")]
 Prove = Annotated[bool, typer.Option(help="Load it back and draw with each stage before it is there.")]
+ReportOut = Annotated[Path, typer.Option("--out", help="Folder for report.html, report.json and pictures.")]
+ManifestName = Annotated[
+    str | None, typer.Option("--manifest", help="Whose held-out samples to use; the experts' own by default.")
+]
+Draws = Annotated[int, typer.Option(min=1, help="Draws of the eval loss over each part of the schedule.")]
+EvalBatch = Annotated[int, typer.Option("--batch", min=1, help="Samples at once on the device.")]
 
 
 def _train_expert(
@@ -65,6 +100,7 @@ def _train_expert(
     dry_run: DryRun = False,
     timing: Timing = True,
     json: Json = False,
+    wait: Wait = False,
 ) -> None:
     """Train one expert from a store; run it twice at once, with base.toml and with refiner.toml."""
     from shared.config import load_config
@@ -72,6 +108,10 @@ def _train_expert(
     from trainer.config import ExpertConfig
 
     settings = load_config(ExpertConfig, config or [], sets or [])
+    if wait:
+        from trainer.waiting import wait_for_manifest
+
+        wait_for_manifest(store, move_to_manifest or manifest)
     model_folder = resolve_model(model, ("unet",))
     from trainer.run import Request
 
@@ -102,8 +142,9 @@ def _generate_images(
     out: Out,
     prompt: Prompts = None,
     prompts: PromptFile = None,
+    expert_prompt: ExpertPrompts = None,
     steps: Steps = 40,
-    guidance: Guidance = 9.2,
+    guidance: Guidance = None,
     guidance_rescale: Rescale = None,
     scheduler: Scheduler = "unipc",
     seed: Seed = 0,
@@ -111,28 +152,49 @@ def _generate_images(
     negative_prompt: Negative = None,
     width: Size = None,
     height: Size = None,
+    batch: Batch = 1,
+    from_images: FromImages = None,
+    start_timestep: StartAt = None,
+    manifest: OfManifest = "main",
+    limit: Limit = None,
+    sheet: Sheet = None,
     device: Device = "auto",
+    precision: Precision = "auto",
+    offload: Offload = False,
     base: Base = None,
 ) -> None:
     """Draw with a pair of experts: each step is made by the expert whose range its timestep lies in."""
     from shared.model_folder import resolve_model
+    from trainer.drawing import GenerateRequest
     from trainer.drawn import needed_components
     from trainer.ensemble import DrawSettings
-    from trainer.generate import GenerateRequest, generate, read_prompts
+    from trainer.generate import generate, read_prompts
 
+    asked: list[str | tuple[str, ...]] = [] if expert_prompt is None else [tuple(expert_prompt)]
+    if prompts is not None or prompt or not (asked or from_images):
+        asked += read_prompts(prompt or [], prompts)
+    weights, negatives = tuple(guidance or [9.2]), tuple(negative_prompt or [None])
     request = GenerateRequest(
         experts=expert,
         model=resolve_model(model, needed_components(expert)),
-        prompts=read_prompts(prompt or [], prompts),
+        prompts=asked,
         out=out,
-        settings=DrawSettings(steps, guidance, guidance_rescale, scheduler),
-        negative_prompt=negative_prompt,
+        settings=DrawSettings(steps, weights[0] if len(weights) == 1 else weights, guidance_rescale, scheduler),
+        negative_prompt=negatives[0] if len(negatives) == 1 else negatives,
         seed=seed,
         count=count,
         height=height,
         width=width,
         device=device,
         base=base,
+        batch=batch,
+        precision=precision,
+        offload=offload,
+        sheet=sheet,
+        from_images=from_images,
+        manifest=manifest,
+        start_timestep=start_timestep,
+        limit=limit,
     )
     for path in generate(request):
         typer.echo(str(path))
@@ -160,6 +222,35 @@ def _bundle_experts(
     typer.echo(str(bundle(request)))
 
 
+def _evaluate_experts(
+    expert: Experts,
+    store: StorePath,
+    model: Model,
+    out: ReportOut,
+    manifest: ManifestName = None,
+    draws: Draws = 256,
+    batch: EvalBatch = 4,
+    device: Device = "auto",
+    base: Base = None,
+) -> None:
+    """Judge experts beside their start model: losses by timestep, every way to pair them, in one report."""
+    from shared.model_folder import resolve_model
+    from trainer.evaluate import EvaluateRequest, evaluate
+
+    request = EvaluateRequest(
+        experts=expert,
+        store=store,
+        model=resolve_model(model),
+        out=out,
+        manifest=manifest,
+        device=device,
+        draws=draws,
+        batch=batch,
+        base=base,
+    )
+    typer.echo(str(evaluate(request)))
+
+
 def train_expert() -> None:
     """Console script `train-expert`."""
     yield_idle_threads()
@@ -174,7 +265,8 @@ def generate_images() -> None:
 
 def evaluate_experts() -> None:
     """Console script `evaluate-experts`."""
-    not_yet("evaluate-experts", "RUN/events.jsonl and TensorBoard show the losses, generate-images the pictures")
+    yield_idle_threads()
+    run_command(_evaluate_experts)
 
 
 def bundle_experts() -> None:

@@ -10,13 +10,15 @@ from pathlib import Path
 import torch
 
 from shared.contract import StartFacts
-from shared.errors import ContractError
+from shared.errors import ConfigError, ContractError
 from shared.model_folder import COMPONENTS
 from trainer.adapter import adapter_weights, load_adapter
 from trainer.checkpoint import Checkpoint, open_checkpoint, open_expert
 from trainer.ensemble import Expert
 from trainer.rotation import checkpoint_name
 from trainer.unet import ConditionedUnet, load_unet, unet_digest
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def needed_components(experts: Sequence[Path]) -> tuple[str, ...]:
@@ -36,10 +38,14 @@ def find_bases(checkpoints: Sequence[Checkpoint], model: Path, base: Path | None
 
 
 def load_experts(
-    checkpoints: Sequence[Checkpoint], folders: Sequence[Path], refiner_width: int, device: torch.device
+    checkpoints: Sequence[Checkpoint],
+    folders: Sequence[Path],
+    refiner_width: int,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
 ) -> list[Expert]:
-    """Experts ready to draw, in bf16 on CUDA; adapters on the same folder share its UNet."""
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    """Experts ready to draw, in `dtype` or else in bf16 on CUDA; adapters on the same folder share its UNet."""
+    dtype = dtype or choose_dtype("auto", device)
     unets = {folder: load_unet(folder, device, dtype) for folder in dict.fromkeys(folders)}
     experts = []
     for index, (checkpoint, folder) in enumerate(zip(checkpoints, folders, strict=True)):
@@ -53,6 +59,20 @@ def load_experts(
     for unet in unets.values():
         unet.eval()
     return experts
+
+
+def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """What UNets compute in: as named, or for "auto" bf16 on CUDA and else fp32; raises ConfigError for other names."""
+    if precision == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    if precision not in PRECISIONS:
+        raise ConfigError(f"--precision {precision}: known are auto, {', '.join(PRECISIONS)}")
+    return PRECISIONS[precision]
+
+
+def precision_name(dtype: torch.dtype) -> str:
+    """The name by which `choose_dtype` knows a dtype."""
+    return next(name for name, known in PRECISIONS.items() if known == dtype)
 
 
 def _base_of(checkpoint: Checkpoint, model: Path, base: Path | None, digests: dict[Path, str]) -> Path:
@@ -70,7 +90,9 @@ def _base_of(checkpoint: Checkpoint, model: Path, base: Path | None, digests: di
 
 
 def _started_from(base: Path, start: StartFacts | None) -> Path:
-    """The folder of weights in a run folder or checkpoint that an adapter was begun on."""
+    """The folder of weights that an adapter was begun on: in a run folder, a checkpoint or another model's folder."""
+    if (base / "model_index.json").exists():
+        return base / "unet"
     own = base / "checkpoints" / checkpoint_name(start.step) if start else base
     checkpoint = open_checkpoint(own) if own.is_dir() and own != base else open_expert(base)
     return checkpoint.path / start.weights if start else checkpoint.weights_folder()

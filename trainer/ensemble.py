@@ -83,18 +83,14 @@ class ExpertEnsemble:
 
     def at(self, t: float) -> int | None:
         """Index of the expert whose range holds t; None where no expert's does."""
-        return next((i for i, expert in enumerate(self.experts) if t in expert.facts.timesteps), None)
+        return expert_at([expert.facts for expert in self.experts], t)
 
     def plan(self, settings: DrawSettings, from_t: float | None = None) -> list[tuple[int, float, int]]:
         """The evaluations of a drawing: index in the scheduler's timesteps, t, and index of the expert it goes to.
 
         Those of timesteps at or below `from_t`, where it is given, for which an expert answers.
         """
-        scheduler = make_scheduler(settings.scheduler, self.contract)
-        scheduler.set_timesteps(settings.steps)
-        routed = [(i, float(t), self.at(float(t))) for i, t in enumerate(scheduler.timesteps)]
-        steps = [(i, t, who) for i, t, who in routed if who is not None and (from_t is None or t <= from_t)]
-        return [step for step in steps if step[0] >= first_whole_step(scheduler, steps[0][0])]
+        return plan_steps([expert.facts for expert in self.experts], self.contract, settings, from_t)
 
     def draw(
         self,
@@ -113,8 +109,6 @@ class ExpertEnsemble:
         the last one's it is that expert's own estimate of x_0. Raises ContractError where no timestep is left.
         """
         steps = self.plan(settings, None if start is None else start.timestep)
-        if not steps:
-            raise ContractError(f"{settings.steps} steps never come to a timestep of {self.experts[-1].facts.name}")
         scheduler, first = make_scheduler(settings.scheduler, self.contract), steps[0][0]
         scheduler.set_timesteps(settings.steps, device=noise.device)
         begin_at(scheduler, first)
@@ -161,6 +155,26 @@ class ExpertEnsemble:
         if self.contract.prediction_type == "epsilon":
             return (x_t - sigma * prediction) / alpha
         return prediction
+
+
+def expert_at(facts: Sequence[ExpertFacts], t: float) -> int | None:
+    """Index of the expert whose range holds t; None where no expert's does."""
+    return next((i for i, own in enumerate(facts) if t in own.timesteps), None)
+
+
+def plan_steps(
+    facts: Sequence[ExpertFacts], contract: PairContract, settings: DrawSettings, from_t: float | None = None
+) -> list[tuple[int, float, int]]:
+    """`ExpertEnsemble.plan` by the experts' facts alone; raises ContractError where no step comes to any of them."""
+    scheduler = make_scheduler(settings.scheduler, contract)
+    scheduler.set_timesteps(settings.steps)
+    routed = [(i, float(t), expert_at(facts, float(t))) for i, t in enumerate(scheduler.timesteps)]
+    steps = [(i, t, who) for i, t, who in routed if who is not None and (from_t is None or t <= from_t)]
+    steps = [step for step in steps if step[0] >= first_whole_step(scheduler, steps[0][0])]
+    if not steps:
+        below = "" if from_t is None else f" below {int(from_t) + 1}"
+        raise ContractError(f"{settings.steps} steps never come to a timestep of {facts[-1].name}{below}")
+    return steps
 
 
 def rescale_guidance(guided: Tensor, positive: Tensor, share: float) -> Tensor:

@@ -5,6 +5,7 @@ a name from anywhere -> relative_path (or DataError) -> read_beneath -> bytes; a
 Names are data: they may be hostile, they may not be UTF-8, and they are never opened as they stand.
 """
 
+import operator
 import os
 import stat
 from collections import Counter
@@ -111,17 +112,22 @@ def _explain(error: OSError) -> str:
 def list_folder(folder: Path) -> list[os.DirEntry[str]]:
     """What is in `folder`, sorted by the bytes of the names; raises OSError."""
     with os.scandir(folder) as entries:
-        return sorted(entries, key=lambda entry: os.fsencode(entry.name))
+        found = list(entries)
+    if all(
+        entry.name.isascii() for entry in found
+    ):  # whose order as text is the same, and found in a third of the time
+        return sorted(found, key=operator.attrgetter("name"))
+    return sorted(found, key=lambda entry: os.fsencode(entry.name))
 
 
 def entry_kind(entry: os.DirEntry[str]) -> str:
     """ "file", "folder", or the reason why it is neither."""
     try:
+        if entry.is_file(follow_symlinks=False):
+            return "file"
         if entry.is_symlink():
             return "symlink"
-        if entry.is_dir(follow_symlinks=False):
-            return "folder"
-        return "file" if entry.is_file(follow_symlinks=False) else "not a regular file"
+        return "folder" if entry.is_dir(follow_symlinks=False) else "not a regular file"
     except OSError as error:
         return f"cannot be read: {error.strerror}"
 
@@ -137,7 +143,7 @@ def tally_key(entry: os.DirEntry[str]) -> str:
 
 def printable(name: str) -> str:
     """`name` with the bytes that are not UTF-8 written as \\xNN; any other name as it is."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace")
+    return name if name.isascii() else os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def find_shards(root: Path, suffixes: Collection[str], passed_over: Counter[str]) -> Iterator[tuple[str, str | None]]:

@@ -69,7 +69,7 @@ def store(tmp_path: Path) -> Iterator[StoreWriter]:
 def test_samples_carry_their_keys(store: StoreWriter) -> None:
     data = png(0, (80, 120))
     (sample,), _ = scan(store, ListSource([found("a.png", data, "one", "two")]))
-    assert (sample.dataset, sample.path, sample.captions) == ("set", "a.png", ["one", "two"])
+    assert (sample.dataset, sample.path, list(sample.captions)) == ("set", "a.png", ["one", "two"])
     assert (sample.digest, sample.original_hw, sample.read()) == (image_digest(data), (80, 120), data)
     rules = PixelRules()
     assert sample.facts_key == facts_key(sample.digest, rules)
@@ -94,7 +94,7 @@ def test_every_reason_is_counted(store: StoreWriter) -> None:
         found("mute.png", png(2)),
     ]
     samples, report = scan(store, ListSource(items), sets=["captions.missing=skip"])
-    assert [(sample.path, sample.captions) for sample in samples] == [("good.png", ["a", "b"])]
+    assert [(sample.path, list(sample.captions)) for sample in samples] == [("good.png", ["a", "b"])]
     assert report.duplicate == 1
     assert report.skipped == {"symlink": 2, "no caption": 1}
     assert dict(report.quarantined)["gone.png"] == "cannot be read: gone"
@@ -107,13 +107,13 @@ def test_missing_captions(store: StoreWriter) -> None:
     with pytest.raises(DataError, match=r"2 of 3 pictures have no caption \(a.png, a\x1b.png\): .*=skip"):
         scan(store, ListSource(items))
     samples, _ = scan(store, ListSource(items), sets=["captions.missing=empty"])
-    assert [sample.captions for sample in samples] == [[""], ["b"], [""]]
+    assert [list(sample.captions) for sample in samples] == [[""], ["b"], [""]]
 
 
 def test_the_same_bytes_are_one_sample_in_a_data_set_and_two_in_two(store: StoreWriter) -> None:
     items = [found("a.png", png(0), "x", "y"), found("b.png", png(0), "y", "z"), found("c.png", png(0), "w")]
     samples, report = scan(store, ListSource(items, "one"), ListSource(items[1:], "two"))
-    assert [(s.dataset, s.path, s.captions) for s in samples] == [
+    assert [(s.dataset, s.path, list(s.captions)) for s in samples] == [
         ("one", "a.png", ["x", "y", "z", "w"]),
         ("two", "b.png", ["y", "z", "w"]),
     ]
@@ -127,7 +127,7 @@ def test_what_an_earlier_build_found_out_is_used(store: StoreWriter) -> None:
     store.put_many([(key, encode_record(key, "picture facts", {"thumbnail": thumb}, {"original_hw": [300, 100]}))])
     (sample,), _ = scan(store, ListSource([found("a.png", data, "a")]))
     assert sample.original_hw == (300, 100)  # a lie, told by the record
-    np.testing.assert_array_equal(sample.thumbnail, thumb)
+    assert sample.thumbnail == thumb.tobytes()
     (sample,), _ = scan(store, ListSource([found("a.png", data, "a")]), sets=["images.resample=bicubic"])
     assert sample.original_hw != (300, 100)
 
@@ -278,10 +278,10 @@ def test_empty_captions_have_a_policy_of_their_own(store: StoreWriter) -> None:
     items.append(found("d.png", png(3), "bad"))
     sets = ["captions.remove=['bad']", "captions.missing=skip"]
     samples, report = scan(store, ListSource(items), sets=sets)
-    assert [(sample.path, sample.captions) for sample in samples] == [("c.png", ["c"])]
+    assert [(sample.path, list(sample.captions)) for sample in samples] == [("c.png", ["c"])]
     assert report.skipped == {"no caption": 1, "empty caption": 2}
     samples, report = scan(store, ListSource(items), sets=[*sets, "captions.empty=empty"])
-    assert [(sample.path, sample.captions) for sample in samples] == [
+    assert [(sample.path, list(sample.captions)) for sample in samples] == [
         ("b.png", [""]),
         ("c.png", ["c"]),
         ("d.png", [""]),
@@ -289,7 +289,7 @@ def test_empty_captions_have_a_policy_of_their_own(store: StoreWriter) -> None:
     samples, report = scan(store, ListSource(items), sets=["captions.missing=empty", "captions.empty=skip"])
     assert (len(samples), report.skipped) == (3, {"empty caption": 1})
     samples, _ = scan(store, ListSource(items), sets=["captions.missing=empty", "captions.trigger=sks"])
-    assert [sample.captions for sample in samples][:2] == [["sks"], ["sks"]]
+    assert [list(sample.captions) for sample in samples][:2] == [["sks"], ["sks"]]
 
 
 def test_tags_are_shuffled_by_picture(store: StoreWriter) -> None:

@@ -155,14 +155,14 @@ def test_the_cache_is_disposable(
     damage: str, folder: Path, tmp_path: Path, tiny_model: Path, run_build: Build, opened: list[str], at_once: None
 ) -> None:
     first = run_build([folder], tmp_path / "store", tiny_model)
-    (path,) = (tmp_path / "store/scans").iterdir()
+    (path,) = (tmp_path / "store/scans").glob("*.scan")
     data = path.read_bytes()
     spoiled = {
         "flipped": data[:-1] + bytes([data[-1] ^ 1]),
         "cut": data[: len(data) // 2],
         "empty": b"",
         "version": data[:4] + b"\x09\x00" + data[6:],
-        "foreign": b"SXSC\x01\x00" + bytes(40),
+        "foreign": b"SXSC\x02\x00" + bytes(42),
     }
     path.unlink()
     if damage == "folder":

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from shared import errors
-from shared.command import not_yet, one_line, run_command
+from shared.command import one_line, run_command
 
 
 def outcome(function: object, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
@@ -59,13 +59,6 @@ def test_an_interrupt_says_that_the_command_goes_on(capsys: pytest.CaptureFixtur
 
 def test_success_is_zero_and_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     assert outcome(lambda: None, [], capsys) == (0, "")
-
-
-def test_what_is_not_built_says_so(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended:
-        not_yet("cache-store", "wait")
-    assert ended.value.code == 64
-    assert capsys.readouterr().err == "error: cache-store is not built yet; wait\n"
 
 
 def test_one_line_keeps_letters_and_escapes_the_rest() -> None:

@@ -14,9 +14,10 @@ from torch import Tensor
 from shared.errors import CheckpointError, ConfigError, ContractError
 from trainer.adapter import ADAPTER_FILE, load_adapter, merge_adapter
 from trainer.checkpoint import open_expert
+from trainer.drawing import GenerateRequest
 from trainer.drawn import find_bases, load_experts
 from trainer.ensemble import DrawSettings
-from trainer.generate import GenerateRequest, generate
+from trainer.generate import generate
 from trainer.loop import train_expert
 from trainer.unet import load_unet
 

@@ -29,7 +29,6 @@ from trainer.schedulers import SCHEDULERS, make_scheduler, support_of
 
 PROMPT = "a red circle on white"
 Pair = tuple[Path, Path]
-KIND: Any = ("v_prediction", True)  # of the pair
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +83,9 @@ def test_it_draws_with_the_scheduler_in_the_folder(bundled: Path) -> None:
     assert two_pipelines(bundled, "unipc", 5).std() > 0
 
 
-@pytest.mark.parametrize("name", [name for name in SCHEDULERS if support_of(name, *KIND).verdict != "refused"])
+@pytest.mark.parametrize(
+    "name", [name for name in SCHEDULERS if support_of(name, "v_prediction", True).verdict != "refused"]
+)
 @pytest.mark.parametrize("stage", ["stage_1", "stage_2"])
 def test_every_scheduler_made_from_the_folder_is_ours(bundled: Path, pair: Pair, name: str, stage: str) -> None:
     ours = make_scheduler(name, open_expert(pair[0]).card.contract)

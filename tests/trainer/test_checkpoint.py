@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 
 from shared.errors import CheckpointError
-from trainer.checkpoint import open_checkpoint
-from trainer.generate import open_expert
+from trainer.checkpoint import open_checkpoint, open_expert
 from trainer.loop import train_expert
 
 

@@ -18,7 +18,7 @@ from shared.conditioning import MicroConditioning, PromptEmbeds
 from shared.contract import ExpertFacts, PairContract, Spacing
 from shared.errors import ContractError
 from shared.schedule import PredictionType
-from trainer.ensemble import DrawSettings, Expert, ExpertEnsemble, Prompt, rescale_guidance
+from trainer.ensemble import DrawSettings, Expert, ExpertEnsemble, Prompt, Start, rescale_guidance
 from trainer.schedulers import SCHEDULERS, make_scheduler, support_of
 from trainer.unet import ConditionedUnet, load_unet
 
@@ -177,6 +177,62 @@ def test_two_unets_are_the_two_pipelines(
         ).images
         assert torch.equal(ours, theirs), (steps, float((ours - theirs).abs().max()))
         assert not torch.equal(ours, half)
+
+
+@pytest.mark.parametrize(("name", "contract"), COMBINATIONS)
+def test_a_noised_picture_is_the_image_to_image_pipelines(
+    name: str, contract: PairContract, unets: list[Any], vae: Any, prompt: Prompt
+) -> None:
+    settings, scheduler = DrawSettings(4, 5.0, None, name), make_scheduler(name, contract)
+    x_0 = torch.randn(1, 4, HW[0] // 8, HW[1] // 8, generator=torch.Generator().manual_seed(5))
+    ensemble = ensemble_of(contract, whole=ConditionedUnet(unets[0], "sdxl", TEXT_WIDTHS[1]))
+    scheduler.set_timesteps(settings.steps)
+    first = float(scheduler.timesteps[2 * scheduler.order])  # strength 1 / 2 leaves the first two steps out
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(x_0.shape, generator=generator)
+    with torch.inference_mode():
+        ours = ensemble.draw([prompt], [SIZE], settings, noise, [generator], Start(x_0, first))
+    pipeline = pipeline_of(StableDiffusionXLImg2ImgPipeline, unets[0], vae, make_scheduler(name, contract))
+    theirs = pipeline(
+        **asked(prompt, settings, contract), original_size=HW, target_size=HW,
+        image=x_0, strength=1 / 2, generator=torch.Generator().manual_seed(0),
+    ).images  # fmt: skip
+    assert torch.equal(ours, theirs), float((ours - theirs).abs().max())
+
+
+@pytest.mark.parametrize("name", ["unipc", "euler-a", "ddim"])
+def test_a_picture_does_not_depend_on_its_batch(name: str, unets: list[Any], prompt: Prompt) -> None:
+    """Its noise is its own; what is left is the rounding of sums over other shapes."""
+    models = [ConditionedUnet(unet, "sdxl", TEXT_WIDTHS[1]) for unet in unets]
+    ensemble = ensemble_of(ZERO_TERMINAL, base=models[0], refiner=models[1])
+    settings = DrawSettings(6, 5.0, None, name)
+    alone = torch.cat([draw(ensemble, prompt, settings, seed) for seed in range(3)])
+    generators = [torch.Generator().manual_seed(seed) for seed in range(3)]
+    noise = torch.cat([torch.randn(1, 4, HW[0] // 8, HW[1] // 8, generator=generator) for generator in generators])
+
+    def thrice(text: PromptEmbeds) -> PromptEmbeds:
+        return PromptEmbeds(text.prompt_embeds.repeat(3, 1, 1), text.pooled_prompt_embeds.repeat(3, 1))
+
+    prompts = [Prompt(thrice(prompt.positive), thrice(prompt.negative))] * 2
+    with torch.inference_mode():
+        together = ensemble.draw(prompts, [SIZE] * 3, settings, noise, generators)
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
+    assert float((alone[0] - alone[1]).abs().max()) > 0.1
+
+
+def test_each_expert_has_its_own_guidance(unets: list[Any], prompt: Prompt) -> None:
+    asked: dict[str, set[int]] = {"base": set(), "refiner": set()}
+
+    def noting(name: str) -> Any:
+        def model(x: Tensor, t: Tensor, text: PromptEmbeds, ids: Tensor, score: float) -> Tensor:
+            asked[name].add(len(x))
+            return torch.zeros_like(x)
+
+        return model
+
+    ensemble = ensemble_of(EPSILON, base=noting("base"), refiner=noting("refiner"))
+    draw(ensemble, prompt, DrawSettings(6, (5.0, 1.0)))
+    assert asked == {"base": {2}, "refiner": {1}}
 
 
 class Noted:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,8 +14,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from shared.errors import CheckpointError, ConfigError, ContractError
+from trainer.drawing import GenerateRequest
 from trainer.ensemble import DrawSettings
-from trainer.generate import GenerateRequest, generate
+from trainer.generate import generate
 from trainer.schedulers import SCHEDULERS
 
 PROMPT = "a red circle on white"
@@ -24,7 +26,7 @@ Draw = Callable[..., list[Path]]
 
 @pytest.fixture
 def draw(pair: Pair, tiny_model: Path, tmp_path: Path) -> Draw:
-    def drawn(*prompts: str, **changes: Any) -> list[Path]:
+    def drawn(*prompts: str | tuple[str, ...], **changes: Any) -> list[Path]:
         settings = changes.pop("settings", DrawSettings(3, 4.0))
         asked: dict[str, Any] = {"experts": pair, "model": tiny_model, "out": tmp_path / "out", "device": "cpu"}
         asked |= {"height": 64, "width": 64, "prompts": prompts or (PROMPT,), "settings": settings}
@@ -48,13 +50,71 @@ def test_a_picture_is_its_seeds_alone(draw: Draw, tmp_path: Path) -> None:
         assert len({pixels(path).tobytes() for path in several}) == 4
 
 
-def test_what_a_picture_is_of_stands_in_it(draw: Draw) -> None:
+def test_what_a_picture_is_of_stands_in_it(draw: Draw, pair: Pair) -> None:
     path = draw("a prompt with \u201equotes\u201c and \u7ea2", negative_prompt="red", seed=3)[0]
     with Image.open(path) as image:
         facts = json.loads(image.text["sdxl-experts"])  # type: ignore[attr-defined]
     assert facts["prompt"] == "a prompt with \u201equotes\u201c and \u7ea2"
     assert (facts["negative_prompt"], facts["seed"], facts["steps"], facts["scheduler"]) == ("red", 3, 3, "unipc")
+    assert (facts["format"], facts["guidance"], facts["guidance_rescale"]) == (1, 4.0, 0.7)
+    assert facts["precision"] == "fp32"
     assert [expert["name"] for expert in facts["experts"]] == ["base", "refiner"]
+    for expert, run in zip(facts["experts"], pair, strict=True):
+        weights = run / "checkpoints" / "step-00000002" / expert["weights"] / "diffusion_pytorch_model.safetensors"
+        assert hashlib.sha256(weights.read_bytes()).hexdigest() == expert["sha256"]
+
+
+def test_each_expert_may_be_asked_for_its_own(draw: Draw, tmp_path: Path) -> None:
+    """The same texts for each, given once or twice, are the same picture; others are not, and stand in it."""
+    alike = [draw()[0], draw((PROMPT, PROMPT), negative_prompt=(None, None), out=tmp_path / "twice")[0]]
+    assert np.array_equal(pixels(alike[0]), pixels(alike[1]))
+    others: list[dict[str, Any]] = [
+        {"prompts": [("blue", PROMPT)]},
+        {"prompts": [(PROMPT, "blue")]},
+        {"negative_prompt": ("red", None)},
+        {"settings": DrawSettings(3, (4.0, 1.0))},
+        {"settings": DrawSettings(3, (1.0, 4.0))},
+    ]
+    paths = [draw(**changes, out=tmp_path / str(i))[0] for i, changes in enumerate(others)]
+    assert len({pixels(path).tobytes() for path in [alike[0], *paths]}) == 6
+    with Image.open(paths[1]) as image:
+        facts = json.loads(image.text["sdxl-experts"])  # type: ignore[attr-defined]
+    assert (facts["prompt"], facts["expert_prompts"]) == (PROMPT, [PROMPT, "blue"])
+
+
+def test_batches_change_nothing_but_rounding(draw: Draw, tmp_path: Path) -> None:
+    prompts = (PROMPT, "a blue square", "green")
+    for scheduler in ("unipc", "euler-a"):
+        settings = DrawSettings(3, 4.0, None, scheduler)
+        alone = draw(*prompts, settings=settings, out=tmp_path / "alone")
+        together = draw(*prompts, settings=settings, batch=2, out=tmp_path / "together")
+        assert [path.name for path in alone] == [path.name for path in together]
+        for one, other in zip(alone, together, strict=True):
+            assert np.abs(pixels(one).astype(int) - pixels(other)).max() <= 1
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_draws_nearly_the_same(draw: Draw, tmp_path: Path, precision: str) -> None:
+    full, half = draw()[0], draw(precision=precision, out=tmp_path / precision)[0]
+    difference = np.abs(pixels(full).astype(int) - pixels(half))
+    assert 0 < difference.mean() < 3
+
+
+def test_a_sheet_of_all_pictures(draw: Draw, tmp_path: Path) -> None:
+    sheet = tmp_path / "sheets" / "sheet.png"
+    sheet.parent.mkdir()
+    paths = draw(PROMPT, "a blue square", count=2, sheet=sheet)
+    assert len(paths) == 4
+    with Image.open(sheet) as image:
+        assert image.size[0] >= 2 * 256
+        first = np.asarray(image.convert("RGB").crop((14, 48, 14 + 256, 48 + 256)))
+    large = Image.fromarray(pixels(paths[0])).resize((256, 256), Image.Resampling.BICUBIC)
+    assert np.array_equal(first, np.asarray(large))
+
+
+def test_cost_is_told(draw: Draw, capfd: pytest.CaptureFixture[str]) -> None:
+    draw()
+    assert re.search(r"1 picture in \d+ s, loading and all; at most \d+\.\d [MG]iB of memory", capfd.readouterr().err)
 
 
 @pytest.mark.parametrize("scheduler", [name for name in SCHEDULERS if name != "heun"])  # refused: zero-terminal SNR
@@ -178,6 +238,16 @@ def test_what_cannot_be_drawn_is_said(draw: Draw, tmp_path: Path, world: Any) ->
         draw(height=60)
     with pytest.raises(ConfigError, match="--scheduler plms: known are"):
         draw(settings=DrawSettings(3, 4.0, None, "plms"))
+    with pytest.raises(ConfigError, match="--precision int4: known are auto, fp32"):
+        draw(precision="int4")
+    with pytest.raises(ConfigError, match="--offload keeps UNets in main memory"):
+        draw(offload=True)
+    with pytest.raises(ConfigError, match="--guidance is given 3 times for 2 experts"):
+        draw(settings=DrawSettings(3, (1.0, 2.0, 3.0)))
+    with pytest.raises(ConfigError, match="--negative-prompt is given 3 times for 2 experts"):
+        draw(negative_prompt=("a", "b", "c"))
+    with pytest.raises(ConfigError, match="--expert-prompt is given 3 times for 2 experts"):
+        draw(("a", "b", "c"))
     with pytest.raises(CheckpointError, match="no run folder"):
         draw(experts=(tmp_path / "nowhere",))
     (tmp_path / "empty").mkdir()

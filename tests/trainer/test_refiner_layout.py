@@ -11,9 +11,11 @@ from demo.tiny_model import POOLED_WIDTH, TEXT_WIDTHS, write_tiny_model
 from shared.errors import ContractError
 from shared.manifest import open_manifest
 from shared.store import StoreReader
+from trainer.checkpoint import open_expert
 from trainer.data import BatchReader
 from trainer.data_config import DataConfig
-from trainer.generate import GenerateRequest, generate, open_expert
+from trainer.drawing import GenerateRequest
+from trainer.generate import generate
 from trainer.loop import train_expert
 from trainer.sampler import MicroBatch
 from trainer.unet import ConditionedUnet, choose_layout, load_unet, read_unet_config

@@ -14,8 +14,7 @@ import pytest
 
 from shared.errors import CheckpointError
 from trainer import rotation
-from trainer.checkpoint import open_checkpoint
-from trainer.generate import open_expert
+from trainer.checkpoint import open_checkpoint, open_expert
 from trainer.loop import train_expert
 from trainer.rotation import best_checkpoints, checkpoint_name, list_checkpoints, rotate, write_score
 

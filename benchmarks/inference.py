@@ -1,0 +1,202 @@
+"""Time and memory of a pair in our loop, and of the two-pipeline script that people use, on the same weights.
+
+`python -m benchmarks.inference [--json FILE] [--shape small]`. Measured: whole commands in processes of their own that
+take turns, from after their imports on; the time of a picture is what more pictures take more. Counted, without a GPU:
+the peak of each stage at SSD-1B's size, tensor by tensor on torch's meta device (inference_memory.py). With --device
+cuda --shape ssd-1b --precision bf16 --steps 40 the first is measured at 1024 px there (20 GB of files), --offload too.
+"""
+
+import argparse
+import json
+import multiprocessing
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from benchmarks.inference_memory import compare
+from benchmarks.inference_world import INFERENCE_SHAPES, PairOnDisk, write_pair
+
+PROMPT = "a red circle on white"
+SPLIT = 0.65  # 1 - 350 / 1000
+GUIDANCE, RESCALE = 5.0, 0.7
+MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class Job:
+    """So many pictures with one pair."""
+
+    pair: PairOnDisk
+    out: Path
+    count: int
+    steps: int
+    device: str
+    precision: str
+    offload: bool = False  # ours alone
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one job: seconds after imports, and bytes above what imports take (on a GPU: allocated there)."""
+
+    took_s: float
+    cpu_s: float  # of the processor: what else runs on the machine is not in it
+    peak_bytes: int
+
+
+def draw_ours(job: Job) -> None:
+    """`generate-images`."""
+    from trainer.drawing import GenerateRequest
+    from trainer.ensemble import DrawSettings
+    from trainer.generate import generate
+
+    request = GenerateRequest(
+        job.pair.experts, job.pair.model, (PROMPT,), job.out, DrawSettings(job.steps, GUIDANCE),
+        count=job.count, height=job.pair.size_px, width=job.pair.size_px, device=job.device, precision=job.precision,
+        offload=job.offload,
+    )  # fmt: skip
+    for _ in generate(request):
+        pass
+
+
+def draw_with_two_pipelines(job: Job) -> None:
+    """The script, everything loaded twice."""
+    from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline, UniPCMultistepScheduler
+
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[job.precision]
+    job.out.mkdir(parents=True, exist_ok=True)
+    pipelines: list[Any] = []
+    for kind, stage in zip((StableDiffusionXLPipeline, StableDiffusionXLImg2ImgPipeline), job.pair.stages, strict=True):
+        folder = job.pair.model if job.pair.is_adapter else stage
+        pipeline = kind.from_pretrained(folder, use_safetensors=True, dtype=dtype)
+        pipeline.scheduler = UniPCMultistepScheduler.from_pretrained(job.pair.model, subfolder="scheduler")
+        if job.pair.is_adapter:
+            pipeline.load_lora_weights(stage)
+        pipeline.set_progress_bar_config(disable=True)
+        pipelines.append(pipeline.to(job.device))
+    asked = {
+        "prompt": PROMPT,
+        "num_inference_steps": job.steps,
+        "guidance_scale": GUIDANCE,
+        "guidance_rescale": RESCALE,
+    }
+    sizes = {"height": job.pair.size_px, "width": job.pair.size_px}
+    for seed in range(job.count):
+        generator = torch.Generator().manual_seed(seed)
+        half = pipelines[0](**asked, **sizes, denoising_end=SPLIT, output_type="latent", generator=generator).images
+        picture = pipelines[1](**asked, denoising_start=SPLIT, image=half, generator=generator).images[0]
+        picture.save(job.out / f"{seed}.png")
+
+
+WAYS = {"ours": draw_ours, "script": draw_with_two_pipelines}
+
+
+def measure(way: str, job: Job) -> Cost:
+    """One job in a process of its own."""
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    process = context.Process(target=_work, args=(way, job, there))
+    process.start()
+    there.close()
+    cost: Cost = here.recv()
+    process.join()
+    return cost
+
+
+def measure_pair(pair: PairOnDisk, folder: Path, options: argparse.Namespace, offload: bool) -> dict[str, Any]:
+    """Both ways in turns: time of a picture, time of the whole, memory; medians, and of the ratios of neighbours."""
+    found: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
+    for number in range(options.rounds):
+        for way in sorted(WAYS, reverse=bool(number % 2)):  # neither is always the one that comes after
+            common = (options.steps, options.device, options.precision, offload)
+            first = measure(way, Job(pair, folder / way, 1, *common))
+            whole = measure(way, Job(pair, folder / way, options.count, *common))
+            found[way].append({
+                "picture_s": (whole.took_s - first.took_s) / (options.count - 1),
+                "picture_cpu_s": (whole.cpu_s - first.cpu_s) / (options.count - 1),
+                "whole_s": whole.took_s,
+                "peak_mib": whole.peak_bytes / MIB,
+            })  # fmt: skip
+    keys = ("picture_s", "picture_cpu_s", "whole_s", "peak_mib")
+    rounds = list(zip(found["ours"], found["script"], strict=True))
+    return {
+        **{way: {key: median(one[key] for one in own) for key in keys} for way, own in found.items()},
+        "ratio": {key: median(ours[key] / script[key] for ours, script in rounds) for key in keys},
+    }
+
+
+def _work(way: str, job: Job, end: Connection) -> None:
+    import diffusers
+    import transformers
+
+    import trainer.generate  # noqa: F401
+
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+    torch.set_num_threads(1)
+    on_gpu = job.device.startswith("cuda")
+    before, began_s = 0 if on_gpu else _memory_bytes("VmRSS"), time.perf_counter()
+    began_cpu_s = time.process_time()
+    WAYS[way](job)
+    took_s, cpu_s = time.perf_counter() - began_s, time.process_time() - began_cpu_s
+    peak = torch.cuda.max_memory_allocated() if on_gpu else _memory_bytes("VmHWM")
+    end.send(Cost(took_s, cpu_s, peak - before))
+
+
+def _memory_bytes(name: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+    return int(line.split()[1]) * 1024
+
+
+def _measured(shape: str, kind: str, one: dict[str, Any]) -> str:
+    ours, script, ratio = one["ours"], one["script"], one["ratio"]
+    return (
+        f"measured, {shape}, {kind}: a picture {ours['picture_s']:.2f} s against {script['picture_s']:.2f} "
+        f"({ratio['picture_s']:.3f}; in CPU time {ratio['picture_cpu_s']:.3f}), all {ours['whole_s']:.1f} against "
+        f"{script['whole_s']:.1f} ({ratio['whole_s']:.2f}), memory {ours['peak_mib']:.0f} MiB against "
+        f"{script['peak_mib']:.0f} ({ratio['peak_mib']:.2f})"
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, count, print, and keep the numbers where --json says."""
+    parser = argparse.ArgumentParser(prog="benchmarks.inference", description="A pair in one loop, or two pipelines.")
+    parser.add_argument("--shape", choices=INFERENCE_SHAPES, default="small", help="default: %(default)s")
+    parser.add_argument("--device", default="cpu", help="default: %(default)s")
+    parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="default: %(default)s")
+    parser.add_argument("--count", type=int, default=3, help="pictures, two at least (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=10, help="40 on a GPU (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="default: %(default)s")
+    parser.add_argument("--count-only", default="ssd-1b", metavar="SHAPE", help="counted (default: %(default)s)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="file for the numbers")
+    options = parser.parse_args(arguments)
+    results: dict[str, Any] = {"counted": compare(options.count_only), "measured": {}, "options": {}}
+    results["options"] = {key: str(value) for key, value in vars(options).items()}
+    for kind, one in results["counted"].items():
+        stages = ", ".join(f"{stage} {one[stage] / 1e9:.2f}" for stage in ("encode", "draw", "decode"))
+        print(
+            f"counted, {options.count_only}, {kind}: GB {stages}; {one['ratio_bf16']:.2f} of two pipelines in bf16 "
+            f"({one['script_bf16'] / 1e9:.2f}), {one['ratio_fp16']:.2f} in fp16 ({one['script_fp16'] / 1e9:.2f})"
+        )
+    for kind in ("pair", "adapters", *(["offload"] if options.device != "cpu" else [])):
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            pair = write_pair(folder, options.shape, kind == "adapters")
+            results["measured"][kind] = one = measure_pair(pair, folder, options, kind == "offload")
+            print(_measured(options.shape, kind, one))
+    if options.json:
+        options.json.write_text(json.dumps(results, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

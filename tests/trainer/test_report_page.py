@@ -1,0 +1,114 @@
+"""The page of an evaluation, in a real browser where there is one: all of it is shown, and no name is run."""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from trainer.plot import Line, line_plot, log_ticks, tick_texts, ticks
+from trainer.report import Answerer, Choice, JudgedExpert, Report, Round, StretchLoss, SweepPoint, read_report
+from trainer.report_page import report_page
+
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+HOSTILE = "<script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">&\u202e"
+
+
+def stretch(name: str, low: int, high: int, loss: float | None) -> StretchLoss:
+    bins = [(a, min(a + 50, high), loss, 3) for a in range(low, high, 50)]
+    return StretchLoss(candidate=name, low=low, high=high, loss=loss, draws=64, lost=0, bins=bins)
+
+
+def round_of(number: int, name: str = "base", loss: float | None = 0.2) -> Round:
+    answers = [Answerer(low=0, high=350, candidate="refiner"), Answerer(low=350, high=1000, candidate=name)]
+    starts = [Answerer(low=low, high=high, candidate="start model") for low, high in ((0, 350), (350, 1000))]
+    ranges = ((0, 350), (350, 1000), (300, 350), (350, 400))
+    return Round(
+        number=number,
+        at="2026-01-01T00:00:00Z",
+        took_s=3.0,
+        experts=[
+            JudgedExpert(name=name, run="runs/base", state="judged", low=350, high=1000, step=9, weights="ema"),
+            JudgedExpert(name="", run="runs/refiner", state="not started"),
+        ],
+        losses=[stretch(one, *range_, loss) for one in ("start model", name, "refiner") for range_ in ranges],
+        choices=[Choice(answers=starts, loss=0.3), Choice(answers=answers, loss=loss)],
+        sweep=[SweepPoint(boundary=at, loss=0.2 + at / 1e4) for at in range(0, 1001, 50)],
+    )
+
+
+def report(*rounds: Round, **fields: object) -> Report:
+    given = {"model": "tiny", "manifest": "main", "digest": "ab" * 32, "samples": 5, "draws": 64} | fields
+    return Report(**given, rounds=list(rounds))  # type: ignore[arg-type]
+
+
+def opened(page: str, folder: Path) -> str:
+    """The page as a browser without a network has it after its scripts, if it had any."""
+    path = folder / "report.html"
+    path.write_text(page)
+    assert BROWSER is not None
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder}/browser", "--dump-dom"]
+    nowhere = "--host-resolver-rules=MAP * ~NOTFOUND"
+    done = subprocess.run(
+        [BROWSER, *flags, nowhere, path.as_uri()], capture_output=True, text=True, check=True, timeout=120
+    )
+    return done.stdout
+
+
+needs_browser = pytest.mark.skipif(BROWSER is None, reason="no chromium here")
+
+
+@needs_browser
+def test_a_browser_shows_the_whole_page(tmp_path: Path) -> None:
+    seen = opened(report_page(report(round_of(1), round_of(2)), tmp_path), tmp_path)
+    assert seen.count("<svg") == 4
+    assert seen.count("<table") == 4
+    for heading in ("Every way to fill the parts", "Loss by timestep", "On either side of 350", "Round by round"):
+        assert heading in seen
+    assert "not started" in seen
+    assert not re.search(r"(src|href)=\"(?!data:)", seen)
+
+
+@needs_browser
+def test_names_are_text_and_nothing_else(tmp_path: Path) -> None:
+    page = report_page(report(round_of(1, HOSTILE), model=HOSTILE, notes=[HOSTILE]), tmp_path)
+    seen = opened(page, tmp_path)
+    assert "<title>Experts, evaluated</title>" in seen
+    assert "<script" not in seen
+    assert "onerror" in seen
+    assert '<img src="x"' not in seen
+
+
+def test_a_loss_that_is_not_there_is_a_dash(tmp_path: Path) -> None:
+    page = report_page(report(round_of(1, loss=None)), tmp_path)
+    assert ">–<" in page
+    assert "None" not in page
+    assert "nan" not in page.lower().replace("nano", "")
+
+
+def test_infinite_losses_are_null_in_the_file(tmp_path: Path) -> None:
+    one = report(round_of(1, loss=float("nan")))
+    (tmp_path / "report.json").write_text(one.model_dump_json())
+    assert read_report(tmp_path) == one
+    assert one.rounds[0].losses[0].bins[0] == (0, 50, None, 3)
+
+
+def test_ticks_are_round_and_within() -> None:
+    assert ticks(0, 1000, 12) == [0, 100, 200, 300, 400, 500, 600, 700, 800, 900, 1000]
+    assert ticks(0.2151, 0.2156) == [0.2151, 0.2152, 0.2153, 0.2154, 0.2155, 0.2156]
+    assert ticks(3, 3) == [3]
+    assert log_ticks(0.02, 3) == pytest.approx([0.02, 0.05, 0.1, 0.2, 0.5, 1, 2])
+    assert len(set(tick_texts(ticks(0.21512, 0.21518)))) == len(ticks(0.21512, 0.21518))
+
+
+def test_a_plot_lies_within_its_frame_and_takes_a_logarithm_where_values_spread() -> None:
+    lines = [Line("a", [(0, 0.01), (500, 3.0), (1000, float("inf"))], 0), Line("b", [(0, 0.5)], 1, is_dashed=True)]
+    svg = line_plot("t", lines, "x", "y")
+    circles = re.findall(r'cx="([\d.]+)" cy="([\d.]+)"', svg)
+    assert len(circles) == 3
+    assert all(64 <= float(x) <= 744 and 34 <= float(y) <= 258 for x, y in circles)
+    middle = [float(y) for _, y in circles]
+    assert middle[1] < middle[2] < middle[0]
+    assert abs(middle[2] - middle[1]) < 0.5 * abs(middle[0] - middle[1])  # linear, 0.5 would lie low
+    assert line_plot("t", [Line("a", [], 0)], "x", "y") == ""

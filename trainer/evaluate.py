@@ -1,0 +1,141 @@
+"""`evaluate-experts`: what both experts are worth, each alone and both together, beside the start model.
+
+    experts on disk -> line-up -> losses on one axis -> every way to fill the parts -> OUT/report.json, OUT/report.html
+
+A process of its own: it reads the store and the run folders, and writes nothing but OUT.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from shared.contract import ExpertFacts
+from shared.device import choose_device
+from shared.model_folder import model_name
+from shared.progress import progress
+from shared.schedule import TimestepRange
+from shared.store import StoreReader
+from trainer.bench import Bench, open_bench
+from trainer.checkpoint import Checkpoint, open_expert
+from trainer.eval_axis import Losses, measure, pair_loss, stretches, sweep
+from trainer.eval_loss import EvalLoss
+from trainer.lineup import Candidate, LineUp, line_up, notes_on
+from trainer.report import Answerer, Choice, JudgedExpert, Report, Round, StretchLoss, SweepPoint, write_report
+from trainer.report_page import report_page
+
+
+@dataclass(frozen=True)
+class EvaluateRequest:
+    """What an `evaluate-experts` command asks for."""
+
+    experts: Sequence[Path]
+    store: Path
+    model: Path
+    out: Path
+    manifest: str | None = None
+    device: str = "auto"
+    draws: int = 256
+    batch: int = 4
+    base: Path | None = None  # what adapters stand on, if it is not the model's UNet
+
+
+def evaluate(request: EvaluateRequest) -> Path:
+    """Judge the experts once and write the report; returns the page.
+
+    Raises ContractError where the experts do not belong together or to the store, CheckpointError where one is
+    damaged, DataError where nothing is held out.
+    """
+    checkpoints = [open_expert(path) for path in request.experts]
+    device = choose_device(request.device)
+    with StoreReader(request.store) as store:
+        bench = open_bench(request.store, store, request.manifest, checkpoints)
+        is_whole = len(checkpoints) > 1
+        line = line_up(checkpoints, request.model, request.base, bench.manifest.settings, is_whole=is_whole)
+        request.out.mkdir(parents=True, exist_ok=True)
+        states = [judged(path, one) for path, one in zip(request.experts, checkpoints, strict=True)]
+        report = begin_report(request, bench, line).with_round(judge(request, bench, line, states, device, 1))
+    return write_report(request.out, report, report_page(report, request.out))[1]
+
+
+def begin_report(request: EvaluateRequest, bench: Bench, line: LineUp) -> Report:
+    """A report without rounds."""
+    return Report(
+        model=model_name(request.model),
+        manifest=bench.manifest.name,
+        digest=bench.manifest.digest,
+        samples=len(bench.samples),
+        draws=request.draws,
+        notes=[*bench.notes, *notes_on(line)],
+    )
+
+
+def judge(
+    request: EvaluateRequest,
+    bench: Bench,
+    line: LineUp,
+    states: Sequence[JudgedExpert],
+    device: torch.device,
+    number: int,
+) -> Round:
+    """One round: everybody's losses, and what follows from them for every way to fill the parts."""
+    began_s = time.perf_counter()
+    total = sum(stretches(line, request.draws).values()) * len(line.candidates)
+    with progress("eval loss", total, "draws") as advance:
+        losses = measure(
+            line,
+            bench.samples,
+            bench.read,
+            draws=request.draws,
+            batch=request.batch,
+            device=device,
+            advance=advance,
+        )
+    return Round(
+        number=number,
+        at=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        took_s=round(time.perf_counter() - began_s, 2),
+        experts=list(states),
+        losses=[stretch_loss(name, within, one) for name, of in losses.items() for within, one in of.items()],
+        choices=[_choice(choice, line, losses) for choice in line.choices()],
+        sweep=[SweepPoint(boundary=boundary, loss=loss) for boundary, loss in sweep(line, losses)],
+    )
+
+
+def judged(path: Path, checkpoint: Checkpoint) -> JudgedExpert:
+    """How an expert stands in a round's report."""
+    facts: ExpertFacts = checkpoint.card.facts
+    folder = checkpoint.weights_folder().name
+    return JudgedExpert(
+        name=facts.name,
+        run=str(path),
+        state="judged",
+        low=facts.low,
+        high=facts.high,
+        step=checkpoint.state.step,
+        weights="ema" if folder == "ema" else "unet",
+    )
+
+
+def stretch_loss(name: str, within: TimestepRange, one: EvalLoss) -> StretchLoss:
+    """A measured stretch as the report has it."""
+    bins = [(part.low, part.high, part.loss, part.samples) for part in one.bins]
+    return StretchLoss(
+        candidate=name,
+        low=within.low,
+        high=within.high,
+        loss=one.loss,
+        draws=one.draws,
+        lost=one.lost,
+        bins=bins,
+    )
+
+
+def _choice(choice: Sequence[Candidate], line: LineUp, losses: Losses) -> Choice:
+    answers = [
+        Answerer(low=part.within.low, high=part.within.high, candidate=one.name)
+        for part, one in zip(line.parts, choice, strict=True)
+    ]
+    return Choice(answers=answers, loss=pair_loss(choice, line, losses))

@@ -1,0 +1,27 @@
+"""`train-expert --wait`: a trainer may be started before the first build is done, as a set of containers starts it."""
+
+import time
+from pathlib import Path
+
+from shared.errors import Stopped
+from shared.manifest import current_digest, list_manifests
+from shared.progress import say
+from trainer.stopping import stop_requests
+
+PAUSE_S = 2.0  # between two looks
+
+
+def wait_for_manifest(store: Path, name: str, pause_s: float = PAUSE_S) -> None:
+    """Return once `store` has a manifest of that name, be it sound or damaged.
+
+    Raises ConfigError where there can be none of that name, Stopped (exit 75) where the process is asked to stop.
+    """
+    if current_digest(store, name) is not None:
+        return
+    there = list_manifests(store)
+    say(f"waiting for manifest {name!r} in {store}" + (f" (there are: {', '.join(there)})" if there else ""))
+    with stop_requests() as stop:
+        while name not in list_manifests(store):
+            if stop.asked():
+                raise Stopped(f"no manifest {name!r} in {store} yet; the same command waits again")
+            time.sleep(pause_s)
