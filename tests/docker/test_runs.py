@@ -18,11 +18,12 @@ from tests.pictures import write_shapes
 ROOT = Path(__file__).resolve().parents[2]
 CACHE = "[images]\nresolution = 64\nstep = 16\n\n[split]\neval_fraction = 0.1\n"
 TRAIN = "steps = 3\nbatch = 1\naccumulation = 1\ngradient_checkpointing = false\n\n[log]\ntrackers = []\n"
+PIDS = ("--pid", "--fork", "--kill-child")
 WORKERS = ("cache", "train-base", "train-refiner")
 
 
 def _unshare() -> list[str]:
-    for how in (["unshare", "--pid", "--fork"], ["unshare", "--user", "--map-root-user", "--pid", "--fork"]):
+    for how in (["unshare", *PIDS], ["unshare", "--user", "--map-root-user", *PIDS]):
         if shutil.which("unshare") and subprocess.run([*how, "true"], capture_output=True, check=False).returncode == 0:
             return how
     return []
