@@ -33,7 +33,7 @@ def test_both_ways_draw_the_same_pair(tmp_path: Path, is_adapter: bool) -> None:
     pair = write_pair(tmp_path, "tiny", is_adapter)
     pictures = {}
     for way, draw in inference.WAYS.items():
-        draw(inference.Job(pair, tmp_path / way, 1, 20, "cpu", "fp32"))
+        assert len(list(draw(inference.Job(pair, tmp_path / way, 1, 20, "cpu", "fp32")))) == 1
         with Image.open(next((tmp_path / way).glob("*.png"))) as image:
             pictures[way] = torch.frombuffer(bytearray(image.convert("RGB").tobytes()), dtype=torch.uint8).float()
     assert float((pictures["ours"] - pictures["script"]).abs().mean()) < 4
