@@ -1,9 +1,10 @@
 """Time and memory of a pair in our loop, and of the two-pipeline script that people use, on the same weights.
 
-`python -m benchmarks.inference [--json FILE] [--shape small]`. Measured: whole commands in processes of their own that
-take turns, from after their imports on; the time of a picture is what more pictures take more. Counted, without a GPU:
+`python -m benchmarks.inference [--json FILE] [--shape small]`. Measured: memory of whole commands in processes of their
+own, from after their imports on; time of a picture in one process where both take turns, picture by picture, so that a
+busy machine slows both (on a GPU, where pictures come in rounds: what more pictures take more). Counted, without a GPU:
 the peak of each stage at SSD-1B's size, tensor by tensor on torch's meta device (inference_memory.py). With --device
-cuda --shape ssd-1b the first is measured at 1024 px there.
+cuda --shape ssd-1b --precision bf16 --steps 40 the first is measured at 1024 px there (20 GB of files), --offload too.
 """
 
 import argparse
@@ -12,8 +13,8 @@ import multiprocessing
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
@@ -40,6 +41,7 @@ class Job:
     steps: int
     device: str
     precision: str
+    offload: bool = False  # ours alone
 
 
 @dataclass(frozen=True)
@@ -47,12 +49,11 @@ class Cost:
     """Of one job: seconds after imports, and bytes above what imports take (on a GPU: allocated there)."""
 
     took_s: float
-    cpu_s: float  # of the processor: what else runs on the machine is not in it
     peak_bytes: int
 
 
-def draw_ours(job: Job) -> None:
-    """`generate-images`."""
+def draw_ours(job: Job) -> Iterator[None]:
+    """`generate-images`, picture by picture."""
     from trainer.drawing import GenerateRequest
     from trainer.ensemble import DrawSettings
     from trainer.generate import generate
@@ -60,13 +61,14 @@ def draw_ours(job: Job) -> None:
     request = GenerateRequest(
         job.pair.experts, job.pair.model, (PROMPT,), job.out, DrawSettings(job.steps, GUIDANCE),
         count=job.count, height=job.pair.size_px, width=job.pair.size_px, device=job.device, precision=job.precision,
+        offload=job.offload,
     )  # fmt: skip
     for _ in generate(request):
-        pass
+        yield
 
 
-def draw_with_two_pipelines(job: Job) -> None:
-    """The script, everything loaded twice."""
+def draw_with_two_pipelines(job: Job) -> Iterator[None]:
+    """The script, everything loaded twice, picture by picture."""
     from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline, UniPCMultistepScheduler
 
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[job.precision]
@@ -92,46 +94,73 @@ def draw_with_two_pipelines(job: Job) -> None:
         half = pipelines[0](**asked, **sizes, denoising_end=SPLIT, output_type="latent", generator=generator).images
         picture = pipelines[1](**asked, denoising_start=SPLIT, image=half, generator=generator).images[0]
         picture.save(job.out / f"{seed}.png")
+        yield
 
 
 WAYS = {"ours": draw_ours, "script": draw_with_two_pipelines}
 
 
-def measure(way: str, job: Job) -> Cost:
-    """One job in a process of its own."""
+def in_a_process(work: Callable[..., Any], *given: Any) -> Any:
+    """What `work` answers in a process of its own."""
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
-    process = context.Process(target=_work, args=(way, job, there))
+    process = context.Process(target=_answer, args=(there, work, *given))
     process.start()
     there.close()
-    cost: Cost = here.recv()
+    answer = here.recv()
     process.join()
-    return cost
+    return answer
 
 
-def measure_pair(pair: PairOnDisk, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Both ways in turns: time of a picture, time of the whole, memory; medians, and of the ratios of neighbours."""
+def measure(way: str, job: Job) -> Cost:
+    """Time and memory of one job."""
+    on_gpu = job.device.startswith("cuda")
+    before, began_s = 0 if on_gpu else _memory_bytes("VmRSS"), time.perf_counter()
+    for _ in WAYS[way](job):
+        pass
+    took_s = time.perf_counter() - began_s
+    return Cost(took_s, (torch.cuda.max_memory_allocated() if on_gpu else _memory_bytes("VmHWM")) - before)
+
+
+def take_turns(job: Job) -> dict[str, dict[str, float]]:
+    """Seconds of a picture of each way, by the clock and of the processor; the first ones load and are not counted."""
+    pictures = {way: draw(replace(job, count=job.count + 1, out=job.out / way)) for way, draw in WAYS.items()}
+    for own in pictures.values():
+        next(own)
+    times: dict[str, list[tuple[float, float]]] = {way: [] for way in WAYS}
+    for _ in range(job.count):
+        for way, own in pictures.items():
+            began_s, began_cpu_s = time.perf_counter(), time.process_time()
+            next(own)
+            times[way].append((time.perf_counter() - began_s, time.process_time() - began_cpu_s))
+    pairs = list(zip(times["ours"], times["script"], strict=True))
+    told = {way: {"picture_s": median(t for t, _ in own), "picture_cpu_s": median(c for _, c in own)}
+            for way, own in times.items()}  # fmt: skip
+    ratio = {"picture_s": median(a / b for (a, _), (b, _) in pairs)}
+    return told | {"ratio": ratio | {"picture_cpu_s": median(a / b for (_, a), (_, b) in pairs)}}
+
+
+def measure_pair(pair: PairOnDisk, folder: Path, options: argparse.Namespace, offload: bool) -> dict[str, Any]:
+    """Both ways: memory and time of the whole command, medians over rounds; time of a picture; and the ratios."""
+    job = Job(pair, folder / "out", options.count, options.steps, options.device, options.precision, offload)
     found: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
     for number in range(options.rounds):
         for way in sorted(WAYS, reverse=bool(number % 2)):  # neither is always the one that comes after
-            common = (options.steps, options.device, options.precision)
-            first = measure(way, Job(pair, folder / way, 1, *common))
-            whole = measure(way, Job(pair, folder / way, options.count, *common))
-            found[way].append({
-                "picture_s": (whole.took_s - first.took_s) / (options.count - 1),
-                "picture_cpu_s": (whole.cpu_s - first.cpu_s) / (options.count - 1),
-                "whole_s": whole.took_s,
-                "peak_mib": whole.peak_bytes / MIB,
-            })  # fmt: skip
-    keys = ("picture_s", "picture_cpu_s", "whole_s", "peak_mib")
+            first = in_a_process(measure, way, replace(job, count=1))
+            whole = in_a_process(measure, way, job)
+            picture_s = (whole.took_s - first.took_s) / (job.count - 1)
+            found[way].append({"picture_s": picture_s, "whole_s": whole.took_s, "peak_mib": whole.peak_bytes / MIB})
+    keys = ("picture_s", "whole_s", "peak_mib")
     rounds = list(zip(found["ours"], found["script"], strict=True))
-    return {
-        **{way: {key: median(one[key] for one in own) for key in keys} for way, own in found.items()},
-        "ratio": {key: median(ours[key] / script[key] for ours, script in rounds) for key in keys},
-    }
+    told = {way: {key: median(one[key] for one in own) for key in keys} for way, own in found.items()}
+    told["ratio"] = {key: median(ours[key] / script[key] for ours, script in rounds) for key in keys}
+    if options.device == "cpu":
+        for name, better in in_a_process(take_turns, job).items():
+            told[name] |= better
+    return told
 
 
-def _work(way: str, job: Job, end: Connection) -> None:
+def _answer(end: Connection, work: Callable[..., Any], *given: Any) -> None:
     import diffusers
     import transformers
 
@@ -141,13 +170,7 @@ def _work(way: str, job: Job, end: Connection) -> None:
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
     torch.set_num_threads(1)
-    on_gpu = job.device.startswith("cuda")
-    before, began_s = 0 if on_gpu else _memory_bytes("VmRSS"), time.perf_counter()
-    began_cpu_s = time.process_time()
-    WAYS[way](job)
-    took_s, cpu_s = time.perf_counter() - began_s, time.process_time() - began_cpu_s
-    peak = torch.cuda.max_memory_allocated() if on_gpu else _memory_bytes("VmHWM")
-    end.send(Cost(took_s, cpu_s, peak - before))
+    end.send(work(*given))
 
 
 def _memory_bytes(name: str) -> int:
@@ -157,9 +180,10 @@ def _memory_bytes(name: str) -> int:
 
 def _measured(shape: str, kind: str, one: dict[str, Any]) -> str:
     ours, script, ratio = one["ours"], one["script"], one["ratio"]
+    in_cpu_time = f"; in CPU time {ratio['picture_cpu_s']:.3f}" if "picture_cpu_s" in ratio else ""
     return (
         f"measured, {shape}, {kind}: a picture {ours['picture_s']:.2f} s against {script['picture_s']:.2f} "
-        f"({ratio['picture_s']:.3f}; in CPU time {ratio['picture_cpu_s']:.3f}), all {ours['whole_s']:.1f} against "
+        f"({ratio['picture_s']:.3f}{in_cpu_time}), all {ours['whole_s']:.1f} against "
         f"{script['whole_s']:.1f} ({ratio['whole_s']:.2f}), memory {ours['peak_mib']:.0f} MiB against "
         f"{script['peak_mib']:.0f} ({ratio['peak_mib']:.2f})"
     )
@@ -185,11 +209,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"counted, {options.count_only}, {kind}: GB {stages}; {one['ratio_bf16']:.2f} of two pipelines in bf16 "
             f"({one['script_bf16'] / 1e9:.2f}), {one['ratio_fp16']:.2f} in fp16 ({one['script_fp16'] / 1e9:.2f})"
         )
-    for kind in ("pair", "adapters"):
+    for kind in ("pair", "adapters", *(["offload"] if options.device != "cpu" else [])):
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             pair = write_pair(folder, options.shape, kind == "adapters")
-            results["measured"][kind] = one = measure_pair(pair, folder, options)
+            results["measured"][kind] = one = measure_pair(pair, folder, options, kind == "offload")
             print(_measured(options.shape, kind, one))
     if options.json:
         options.json.write_text(json.dumps(results, indent=1) + "\n")

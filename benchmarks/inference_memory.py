@@ -4,6 +4,7 @@ Every stage is counted: what weights are on the device, and the most that one pa
 counts as the fused kernels do it. Two pipelines hold everything twice, from first to last.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -34,6 +35,7 @@ class Stages:
     decode_pass: int
 
 
+@functools.cache
 def count_stages(name: str, dtype: torch.dtype, rest: torch.dtype) -> Stages:
     """UNet in `dtype`, VAE and text encoders in `rest`."""
     from diffusers import AutoencoderKL

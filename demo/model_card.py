@@ -70,6 +70,7 @@ Measured by `python -m demo.train_tiny OUT --stage measure` on pictures and capt
 | caption found for the picture, first of {retrieved} | {clip[caption_found]:.1%} |
 | picture found for the caption | {clip[picture_found]:.1%} |
 | of 8 captions that differ in the kind alone, the right one | {clip[kind_found]:.1%} |
+| of 2 captions in which two shapes have each other's places, the right one | {clip[place_found]:.1%} |
 
 Drawn by diffusers' StableDiffusionXLPipeline, UniPC, {steps} steps, guidance {guidance}, {height} x {width} px, a seed
 each, and judged without a network (`demo.judge`):
@@ -123,7 +124,8 @@ def measure_clip(model: Path) -> dict[str, float]:
     own = torch.arange(len(scenes))
     table = torch.tensor(cosines).view(len(scenes), len(scenes))
     found = {"caption_found": table.argmax(1) == own, "picture_found": table.argmax(0) == own}
-    return {name: float(hits.float().mean()) for name, hits in found.items()} | {"kind_found": _kind_found(model)}
+    shares = {name: float(hits.float().mean()) for name, hits in found.items()}
+    return shares | {"kind_found": _kind_found(model), "place_found": _place_found(model)}
 
 
 def _kind_found(model: Path) -> float:
@@ -133,10 +135,29 @@ def _kind_found(model: Path) -> float:
     captions = [
         describe(replace(scene, shapes=(replace(scene.shapes[0], kind=kind),)))[0] for scene in alone for kind in KINDS
     ]
-    cosines = clip_cosines(model / "clip", [draw(scene) for scene in alone], captions, every=True)
-    table = torch.tensor(cosines).view(len(alone), len(alone), len(KINDS))
-    found = table[range(len(alone)), range(len(alone))].argmax(1)  # among each picture's own captions
-    return fmean(KINDS[int(kind)] == scene.shapes[0].kind for kind, scene in zip(found, alone, strict=True))
+    found = _found_among_own(model, alone, captions)
+    return fmean(KINDS[kind] == scene.shapes[0].kind for kind, scene in zip(found, alone, strict=True))
+
+
+def _place_found(model: Path) -> float:
+    """Share of pictures of two shapes whose caption is found rather than the one with both in each other's place."""
+    several = (make_scene(PROMPTS_SEED, i, sizes_hw=(PICTURE_HW,)) for i in range(2 * RETRIEVED))
+    pairs = [scene for scene in several if len(scene.shapes) == 2][: RETRIEVED // 2]
+    captions = [describe(each)[0] for scene in pairs for each in (scene, _exchanged(scene))]
+    return fmean(at == 0 for at in _found_among_own(model, pairs, captions))
+
+
+def _exchanged(scene: Scene) -> Scene:
+    first, second = scene.shapes
+    pairs = ((first, second), (second, first))
+    return replace(scene, shapes=tuple(replace(one, kind=two.kind, colour=two.colour) for one, two in pairs))
+
+
+def _found_among_own(model: Path, scenes: list[Scene], captions: list[str]) -> list[int]:
+    """For the picture of each scene, which of its own captions, equally many of each, is nearest to it."""
+    cosines = clip_cosines(model / "clip", [draw(scene) for scene in scenes], captions, every=True)
+    table = torch.tensor(cosines).view(len(scenes), len(scenes), -1)
+    return [int(at) for at in table[range(len(scenes)), range(len(scenes))].argmax(1)]
 
 
 def _card(model: Path, scores: Mapping[str, Any]) -> str:
@@ -167,7 +188,7 @@ def _card(model: Path, scores: Mapping[str, Any]) -> str:
 def _how_made(model: Path) -> str:
     from safetensors import safe_open
 
-    from demo.train_tiny import CLIP_PLAN, CLOSE_PLAN, VAE_PLAN
+    from demo.train_tiny import CLIP_PLAN, CLOSE_PLAN, TWIN_PLAN, VAE_PLAN
     from demo.unet_plan import MUON_RATE, PICTURE_SETS, UNET_RUNS
 
     def millions(part: str) -> str:
@@ -194,7 +215,8 @@ def _how_made(model: Path) -> str:
             f"- VAE ({millions('vae')} parameters): {VAE_PLAN.steps} steps of {VAE_PLAN.batch} drawn pictures, Muon.",
             f"- CLIP ({millions('clip')}; text encoders {towers}): {CLIP_PLAN.steps} steps of {CLIP_PLAN.batch} "
             f"pictures and captions, both text towers against one vision tower; then {CLOSE_PLAN.steps} steps, Muon, "
-            "mostly of scenes that differ in little and whose captions say in what.",
+            "mostly of scenes that differ in little and whose captions say in what; then "
+            f"{TWIN_PLAN.steps} in which most differ in what stands where alone.",
             f"- UNet ({millions('unet')}): `cache-build` on drawn pictures with four captions each, then "
             "`train-expert`, each run from the averaged weights of the one before:",
             *runs,

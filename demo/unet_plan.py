@@ -44,7 +44,8 @@ PICTURE_SETS = {
 # The middle of the schedule, where forms are decided, is drowned by the high noise beside it: there the loss is four
 # times as large and mostly what no caption tells. So the middle is dwelt on. Pictures are smaller from the fourth run
 # on: half as many latents are learned from nearly twice as fast, and the VAE keeps all that captions say of them. The
-# last run has windows among them, whose corners the ids tell: without those no id would mean anything.
+# last two have windows among them, whose corners the ids tell: without those no id would mean anything. (The weights in
+# demo/model saw other embeds at first: the CLIP's second fit was made before "windows", its third before "twins".)
 UNET_RUNS = (
     UnetRun("whole", "large", (0, 1000), 64, ((1105, 1.0), (2000, 0.4))),
     UnetRun("middle", "large", (50, 750), 64, ((900, 0.4), (1700, 0.15))),
@@ -52,4 +53,5 @@ UNET_RUNS = (
     UnetRun("small", "small", (50, 900), 64, ((1500, 0.4),)),
     UnetRun("last", "small", (0, 1000), 128, ((1200, 0.4), (2000, 0.25), (2700, 0.12), (3100, 0.05), (3300, 0.02))),
     UnetRun("windows", "many", (0, 1000), 128, ((2600, 0.4), (3700, 0.25), (4300, 0.12), (4450, 0.05), (4530, 0.02))),
+    UnetRun("twins", "many", (0, 1000), 128, ((1045, 0.4), (1850, 0.2), (2250, 0.1), (2480, 0.05), (2580, 0.02))),
 )

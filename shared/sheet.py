@@ -23,7 +23,7 @@ GAP_PX, PANEL_GAP_PX, WORDS_GAP_PX = 14, 6, 6
 LARGE_PX, SMALL_PX = 15, 12  # of letters
 LEAST_WIDTH_PX = 480
 MOST_CHARACTERS = 400  # of a caption that are looked at
-CAPTION_LINES = 3
+CAPTION_LINES, HEADING_LINES = 3, 3
 PAPER, INK, FAINT, ALARM, EMPTY = "#ffffff", "#1c1c1c", "#6b6b6b", "#b3261e", "#ececec"
 FONTS = ("NotoSansCJK-Regular.ttc", "DejaVuSans.ttf", "Arial Unicode.ttf", "Arial.ttf")  # else Pillow's own: English
 _NOT_DRAWN = "\U000f0000"  # of a private plane: no font has it
@@ -54,10 +54,12 @@ def draw_sheet(heading: str, cards: Sequence[Card], box_px: int = 256) -> bytes:
     rows = [cards[start : start + columns] for start in range(0, len(cards), columns)]
     heights = [max(_height(panel, box_px) for card in row for panel in card.panels) for row in rows]
     words = WORDS_GAP_PX + (1 + CAPTION_LINES) * _line_px(SMALL_PX)
-    top = 2 * GAP_PX + _line_px(LARGE_PX)
-    size = (GAP_PX + columns * (width + GAP_PX), top + sum(height + words + GAP_PX for height in heights))
-    sheet = Image.new("RGB", (max(LEAST_WIDTH_PX, size[0]), size[1]), PAPER)
-    _write(sheet, heading, (GAP_PX, GAP_PX), sheet.width - 2 * GAP_PX, LARGE_PX, 1, INK)
+    sheet_width = max(LEAST_WIDTH_PX, GAP_PX + columns * (width + GAP_PX))
+    inner = sheet_width - 2 * GAP_PX
+    lines = max(1, len(_wrap(_drawable(heading, LARGE_PX), _font(LARGE_PX), inner, HEADING_LINES)))
+    top = 2 * GAP_PX + lines * _line_px(LARGE_PX)
+    sheet = Image.new("RGB", (sheet_width, top + sum(height + words + GAP_PX for height in heights)), PAPER)
+    _write(sheet, heading, (GAP_PX, GAP_PX), inner, LARGE_PX, lines, INK)
     for row, height in zip(rows, heights, strict=True):
         for number, card in enumerate(row):
             _draw_card(sheet, card, (GAP_PX + number * (width + GAP_PX), top), (width, height), box_px)

@@ -23,6 +23,7 @@ from trainer.bundle_card import bundle_card, stage_card
 from trainer.bundle_folder import folders_bytes, write_folders, write_json, write_text
 from trainer.bundle_proof import prove_folders
 from trainer.bundle_stage import Stage, read_stages
+from trainer.original_file import files_bytes, prove_files, write_files
 
 PAIR_FORMAT = 1
 Form = Literal["diffusers", "single-file", "kohya-lora"]
@@ -57,6 +58,7 @@ class _Writer:
 
 FORMS: dict[str, _Writer] = {
     "diffusers": _Writer(lambda facts, merge: merge, folders_bytes, write_folders, prove_folders),
+    "single-file": _Writer(lambda facts, merge: True, files_bytes, write_files, prove_files),
 }
 
 

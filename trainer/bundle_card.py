@@ -53,16 +53,18 @@ def how_to_draw(stages: Sequence[Stage], form: str, model: str) -> str:
         lines.append(f'BASE = "{_safe(model)}"  # the model that the adapters stand on')
     lines.append(f'settings = {{"prompt": "a cat on a wall", "num_inference_steps": 40, {_guidance(stages[0])}}}')
     for stage in stages:
-        lines += ["", *_load(stage), *_draw(stage)]
+        lines += ["", *_load(stage, form), *_draw(stage)]
     lines.append('image[0].save("picture.png")')
     return fence("\n".join(lines), "python")
 
 
-def _load(stage: Stage) -> list[str]:
+def _load(stage: Stage, form: str) -> list[str]:
     name, kind = stage.folder, _pipeline(stage)
     folder = f'f"{{BUNDLE}}/{name}"'
     source = "BASE" if stage.is_adapter else folder
     lines = [f"{name} = {kind}.from_pretrained({source})"]
+    if form == "single-file":
+        lines = [f'{name} = {kind}.from_single_file(f"{{BUNDLE}}/{name}.safetensors", config={folder})']
     if stage.is_adapter:
         lines.append(f'{name}.load_lora_weights({folder}, weight_name="{ADAPTER_FILE}")')
     lines.append(

@@ -27,7 +27,7 @@ SCHEDULER = "unipc"
 # Settings that UniPC does not have and its neighbours read: whoever takes another scheduler from this config gets ours.
 NEIGHBOURS = {"clip_sample": False, "set_alpha_to_one": False, "interpolation_type": "linear", "skip_prk_steps": True}
 PEFT_FILE, PEFT_PREFIX = "adapter_model.safetensors", "base_model.model."
-_WHOLE: dict[Layout, tuple[str, ...]] = {
+WHOLE: dict[Layout, tuple[str, ...]] = {
     "sdxl": ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"),
     "sdxl-refiner": ("vae", "text_encoder_2", "tokenizer_2"),
 }
@@ -44,7 +44,7 @@ _CLASSES = {
 
 def folders_bytes(stages: Sequence[Stage], model: Path) -> int:
     """What the stages take on a disk, the parts that they share counted once."""
-    parts = {part for stage in stages if not stage.is_adapter for part in _WHOLE[stage.facts.layout]}
+    parts = {part for stage in stages if not stage.is_adapter for part in WHOLE[stage.facts.layout]}
     copied = sum(file.stat().st_size for part in parts for file in component_files(model / part))
     return copied + sum(file_bytes(stage.tensors()) * (2 if stage.is_adapter else 1) for stage in stages)
 
@@ -59,7 +59,7 @@ def write_folders(stages: Sequence[Stage], model: Path, out: Path) -> dict[str, 
         if stage.is_adapter:
             sums |= _write_adapter(stage, folder)
             continue
-        for part in _WHOLE[stage.facts.layout]:
+        for part in WHOLE[stage.facts.layout]:
             copy_component(model / part, folder / part, [out / other.folder / part for other in stages])
         write_json(folder / "model_index.json", pipeline_index(stage))
         (folder / "unet").mkdir()
@@ -80,7 +80,7 @@ def pipeline_index(stage: Stage) -> dict[str, Any]:
     """model_index.json of a stage's pipeline; the null prompt is the one that its expert was trained with."""
     import diffusers
 
-    own = (*_WHOLE[stage.facts.layout], "unet", "scheduler")
+    own = (*WHOLE[stage.facts.layout], "unet", "scheduler")
     index: dict[str, Any] = {part: classes if part in own else [None, None] for part, classes in _CLASSES.items()}
     index["_class_name"] = "StableDiffusionXLPipeline" if stage.number == 1 else "StableDiffusionXLImg2ImgPipeline"
     index["_diffusers_version"] = diffusers.__version__
@@ -98,6 +98,14 @@ def component_files(folder: Path) -> list[Path]:
         indexes = list(folder.glob("*.safetensors.index*.json")) if "-of-" in weights[0].name else []
         files += [*weights, *sorted(indexes, key=lambda index: index.name.count("."))[:1]]  # the plain one first
     return sorted(file for file in files if file.is_file())
+
+
+def copy_files(files: Sequence[Path], target: Path) -> None:
+    """Copy files byte for byte into a new folder."""
+    target.mkdir()
+    for file in files:
+        shutil.copyfile(file, target / file.name)
+        sync_file(target / file.name)
 
 
 def copy_component(source: Path, target: Path, others: Sequence[Path] = ()) -> None:

@@ -52,7 +52,7 @@ Guidance = Annotated[
 ]
 Rescale = Annotated[float | None, typer.Option(min=0, max=1, help="0.7 with zero-terminal SNR, 0 without.")]
 Scheduler = Annotated[str, typer.Option(help="unipc, dpm++, dpm++-karras, euler, euler-a, heun or ddim.")]
-Seed = Annotated[int, typer.Option(min=0, max=2**62, help="Seed of the first picture; each next one counts up.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the first picture; each next one counts up.")]
 Negative = Annotated[
     list[str] | None, typer.Option(help="What not to draw, else the null prompt. Once, or for each --expert.")
 ]

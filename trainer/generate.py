@@ -79,7 +79,7 @@ def generate(request: GenerateRequest) -> Iterator[Path]:
                 cards[drawn.drawing.name] = card_of(drawn.drawing, drawn.pixels, drawn.source, plan.first_t)
             yield path
     if request.sheet is not None and cards:
-        save_sheet(request.sheet, [cards[name] for name in sorted(cards)], common)
+        save_sheet(request.sheet, [cards[name] for name in sorted(cards)], common, plan.negatives)
     _say_cost(done, time.monotonic() - began_s, plan.device)
     every = len(plan.drawings) + plan.unreadable
     if done < every:
@@ -120,7 +120,7 @@ def _plan(request: GenerateRequest) -> _Plan:
     own_px, step_px = _own_sizes(folders[0], vae.downscale)
     drawings, unreadable = plan_drawings(request, contract, len(facts), own_px, (vae.downscale, step_px))
     if from_t is not None:
-        say(f"{len(drawings)} pictures, each from t = {steps[0][1]:.0f} on in {len(steps)} evaluations")
+        say(f"{_pictures(len(drawings))}, each from t = {steps[0][1]:.0f} on in {len(steps)} evaluations")
     return _Plan(
         checkpoints, folders, contract, vae, text, device, dtype,
         negatives if isinstance(negatives, tuple) else (negatives,) * len(facts),
@@ -181,6 +181,10 @@ def _own_sizes(unet: Path, downscale: int) -> tuple[int, int]:
     return int(config["sample_size"]) * downscale, downscale * 2 ** (len(config["block_out_channels"]) - 1)
 
 
+def _pictures(count: int) -> str:
+    return f"{count} picture{'' if count == 1 else 's'}"
+
+
 def _say_cost(count: int, took_s: float, device: torch.device) -> None:
     """Time and memory of the whole command."""
     if device.type == "cuda":
@@ -190,4 +194,4 @@ def _say_cost(count: int, took_s: float, device: torch.device) -> None:
 
         unit = 1 if sys.platform == "darwin" else 1024
         memory = f"{size_text(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)} of memory"
-    say(f"{count} pictures in {duration_text(took_s)}, loading and all; at most {memory}")
+    say(f"{_pictures(count)} in {duration_text(took_s)}, loading and all; at most {memory}")

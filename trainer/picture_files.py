@@ -89,7 +89,7 @@ def card_of(drawing: Drawing, drawn: Pixels, source: Pixels | None, first_t: flo
     return Card(tuple(panels), f"{drawing.name}{begun}", caption or "(no prompt)")
 
 
-def save_sheet(path: Path, cards: Sequence[Card], facts: Mapping[str, Any]) -> None:
+def save_sheet(path: Path, cards: Sequence[Card], facts: Mapping[str, Any], negatives: Sequence[str | None]) -> None:
     """Write the contact sheet; of more than 400 pictures the first."""
     if len(cards) > MOST_CARDS:
         say(f"{path} shows the first {MOST_CARDS} of {len(cards)} pictures")
@@ -100,6 +100,8 @@ def save_sheet(path: Path, cards: Sequence[Card], facts: Mapping[str, Any]) -> N
         f"rescale {facts['guidance_rescale']:g}",
         *(f"{e['name']} [{e['timesteps'][0]}, {e['timesteps'][1]}) step {e['step']}" for e in facts["experts"]),
     ]
+    against = dict.fromkeys(text for text in negatives if text is not None)
+    heading += [f"against {' | '.join(against)}"] if against else []
     write_atomically(path, draw_sheet(" · ".join(heading), cards[:MOST_CARDS]))
 
 

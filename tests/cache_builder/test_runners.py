@@ -144,7 +144,7 @@ def test_a_stop_ends_the_processes_too(
     started_s = time.monotonic()
     os.kill(running.pid, sent)
     done = running.finish()
-    assert time.monotonic() - started_s < 15
+    assert time.monotonic() - started_s < 60  # seconds on a calm machine
     if sent is signal.SIGKILL:
         assert done.code == -signal.SIGKILL
     else:

@@ -14,7 +14,7 @@ from cache_builder.report import BuildReport
 from cache_builder.show import ShowOptions, show_store
 from shared.errors import ConfigError, ContractError, ManifestMismatch
 from shared.manifest import open_manifest, seal_manifest
-from shared.sheet import CAPTION_LINES, SMALL_PX, WORDS_GAP_PX, Card, Panel, _line_px, draw_sheet
+from shared.sheet import CAPTION_LINES, LARGE_PX, SMALL_PX, WORDS_GAP_PX, Card, Panel, _line_px, draw_sheet
 from shared.store import StoreWriter
 from shared.store_card import read_card, write_card
 from tests.pictures import write_shapes
@@ -172,3 +172,11 @@ def test_an_empty_sheet_and_odd_pictures() -> None:
     assert pixels_of(draw_sheet("nothing", [])).shape[1] >= 480
     odd = [Panel(np.zeros(shape, np.uint8)) for shape in ((1, 1, 3), (1, 300, 3), (900, 2, 3))]
     assert pixels_of(draw_sheet("odd", [Card((panel,), "t", "c") for panel in odd])).ndim == 3
+
+
+def test_a_long_heading_takes_the_lines_it_needs() -> None:
+    cards = [Card((Panel(np.full((32, 32, 3), 200, np.uint8)),), "t", "c")]
+    heights = [pixels_of(draw_sheet("word " * count, cards)).shape[0] for count in (1, 20, 40, 400)]
+    line = _line_px(LARGE_PX)
+    assert [height - heights[0] for height in heights[:2]] == [0, line]
+    assert heights[-1] - heights[0] == 2 * line  # three lines at most, the last with dots

@@ -15,8 +15,9 @@ from shared.errors import ConfigError, ContractError, DataError
 from shared.manifest import open_manifest
 from shared.sheet import Card
 from trainer import generate as generate_module
-from trainer.drawing import GenerateRequest
-from trainer.ensemble import DrawSettings
+from trainer.checkpoint import open_expert
+from trainer.drawing import GenerateRequest, first_timestep
+from trainer.ensemble import DrawSettings, plan_steps
 from trainer.generate import generate
 
 Pair = tuple[Path, Path]
@@ -70,7 +71,7 @@ def test_drawing_begins_at_the_first_step_below_the_boundary(
     path = draw(from_images=pictures, limit=1, experts=pair[1:])[0]
     source = facts_of(path)["source"]
     assert (source["name"], round(source["timestep"])) == (sorted(pictures.glob("*.png"))[0].name, 332)
-    assert "1 pictures, each from t = 332 on in 10 evaluations" in capfd.readouterr().err
+    assert "1 picture, each from t = 332 on in 10 evaluations" in capfd.readouterr().err
 
 
 def test_the_refiner_alone_draws_what_the_pair_does(draw: Draw, pictures: Path, pair: Pair, tmp_path: Path) -> None:
@@ -119,7 +120,7 @@ def test_the_sheet_shows_the_source_beside_the_picture(
     draw: Draw, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shown: list[Card] = []
-    monkeypatch.setattr(generate_module, "save_sheet", lambda path, cards, facts: shown.extend(cards))
+    monkeypatch.setattr(generate_module, "save_sheet", lambda path, cards, *_: shown.extend(cards))
     draw(from_images=pictures, sheet=tmp_path / "sheet.png", height=64, width=64)
     assert len(shown) == 3
     for card, path in zip(shown, sorted(pictures.glob("*.png")), strict=True):
@@ -237,3 +238,19 @@ def test_noise_is_the_labels(draw: Draw) -> None:
     assert torch.equal(noise(b"a", 0), noise(b"a", 0, "other"))
     assert not torch.equal(noise(b"a", 0), noise(b"b", 0))
     assert not torch.equal(noise(b"a", 0), noise(b"a", 1))
+
+
+def test_the_boundary_itself_is_the_bases(pair: Pair, tmp_path: Path) -> None:
+    """A thousand steps come to t = 350 too; so does a start that is asked for."""
+    cards = [open_expert(run).card for run in pair]
+    facts, contract = [card.facts for card in cards], cards[0].contract
+
+    def first(start: int | None) -> tuple[float, int]:
+        request = GenerateRequest(pair, tmp_path, (), tmp_path, from_images=tmp_path, start_timestep=start)
+        from_t = first_timestep(request, facts, contract)
+        _, t, who = plan_steps(facts, contract, DrawSettings(1000, 1.0), from_t)[0]
+        return t, who
+
+    assert first(None) == (349, 1)
+    assert first(350) == (350, 0)
+    assert first(349) == (349, 1)

@@ -114,7 +114,7 @@ def test_a_sheet_of_all_pictures(draw: Draw, tmp_path: Path) -> None:
 
 def test_cost_is_told(draw: Draw, capfd: pytest.CaptureFixture[str]) -> None:
     draw()
-    assert re.search(r"1 pictures in \d+ s, loading and all; at most \d+\.\d [MG]iB of memory", capfd.readouterr().err)
+    assert re.search(r"1 picture in \d+ s, loading and all; at most \d+\.\d [MG]iB of memory", capfd.readouterr().err)
 
 
 @pytest.mark.parametrize("scheduler", [name for name in SCHEDULERS if name != "heun"])  # refused: zero-terminal SNR

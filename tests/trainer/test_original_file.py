@@ -1,0 +1,120 @@
+"""Stages as single files: every tensor comes back through diffusers' own loader, and every name is known."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from shared.original_layout import original_name, unet_modules, vae_modules
+from trainer.bundle import BundleRequest, bundle
+from trainer.original_file import load_file_pipeline, step_of
+
+BOTH: dict[str, Any] = {"layers_per_block": 2, "addition_embed_type": "text_time", "addition_time_embed_dim": 256}
+BASE = BOTH | {
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "block_out_channels": (320, 640, 1280),
+    "transformer_layers_per_block": (1, 2, 10),
+    "attention_head_dim": (5, 10, 20),
+    "cross_attention_dim": 2048,
+    "projection_class_embeddings_input_dim": 2816,
+    "use_linear_projection": True,
+}
+SSD_1B = BASE | {
+    "mid_block_type": None,
+    "transformer_layers_per_block": ((1, 1), (2, 2), (4, 4)),
+    "reverse_transformer_layers_per_block": ((4, 4, 10), (2, 1, 1), (1, 1, 1)),
+}
+REFINER = BASE | {
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "block_out_channels": (384, 768, 1536, 1536),
+    "transformer_layers_per_block": 4,
+    "attention_head_dim": (6, 12, 24, 24),
+    "cross_attention_dim": 1280,
+    "projection_class_embeddings_input_dim": 2560,
+}
+VAE: dict[str, Any] = {
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "block_out_channels": (128, 256, 512, 512),
+    "layers_per_block": 2,
+}
+
+
+@pytest.mark.parametrize("config", [BASE, SSD_1B, REFINER], ids=["base", "ssd-1b", "refiner"])
+def test_every_key_of_the_full_size_unets_is_mapped_once_and_back(config: dict[str, Any]) -> None:
+    from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
+
+    with torch.device("meta"):
+        shapes = UNet2DConditionModel(**config).state_dict()
+    modules = unet_modules(config)
+    original = {"model.diffusion_model." + original_name(name, modules): t for name, t in shapes.items()}
+    assert len(original) == len(shapes)
+    back = convert_ldm_unet_checkpoint(dict(original), config)
+    assert {name: t.shape for name, t in back.items()} == {name: t.shape for name, t in shapes.items()}
+
+
+def test_every_key_of_the_full_size_vae_is_mapped_once_and_back() -> None:
+    from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
+
+    with torch.device("meta"):
+        shapes = AutoencoderKL(**VAE).state_dict()
+    modules = vae_modules(VAE)
+    original = {"first_stage_model." + original_name(name, modules): tensor for name, tensor in shapes.items()}
+    assert len(original) == len(shapes)
+    assert convert_ldm_vae_checkpoint(dict(original), VAE).keys() == shapes.keys()
+
+
+def test_it_comes_back_tensor_by_tensor(
+    pair: tuple[Path, Path], tiny_model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out = bundle(BundleRequest(pair, tiny_model, tmp_path / "out", "single-file", device="cpu"))
+    assert "proved: euler, 4 steps" in capfd.readouterr().err
+    for number, run in enumerate(pair, 1):
+        file = out / f"stage_{number}.safetensors"
+        with safe_open(file, "pt") as opened:
+            said, names = opened.metadata(), set(opened.keys())
+        assert {"v_pred", "ztsnr", "conditioner.embedders.1.model.text_projection"} <= names
+        assert said["modelspec.prediction_type"] == "v"
+        stage = _Named(number)
+        pipeline = load_file_pipeline(out, stage, torch.float32)  # type: ignore[arg-type]
+        unet = load_file(run / "checkpoints" / "step-00000002" / "ema" / "diffusion_pytorch_model.safetensors")
+        _same(pipeline.unet.state_dict(), unet)
+        _same(pipeline.vae.state_dict(), load_file(tiny_model / "vae" / "diffusion_pytorch_model.safetensors"))
+        for part in ("text_encoder", "text_encoder_2"):
+            _same(getattr(pipeline, part).state_dict(), load_file(tiny_model / part / "model.safetensors"))
+
+
+class _Named:
+    """A stage as far as it is loaded."""
+
+    def __init__(self, number: int) -> None:
+        self.number, self.folder = number, f"stage_{number}"
+
+
+def _same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
+    plain = [{name.removeprefix("text_model."): t for name, t in side.items()} for side in (ours, theirs)]
+    assert plain[0].keys() == plain[1].keys()
+    assert all(torch.equal(plain[0][name], plain[1][name]) for name in plain[0])
+
+
+def test_the_workflow_hands_over_at_the_boundarys_step(
+    pair: tuple[Path, Path], tiny_model: Path, tmp_path: Path
+) -> None:
+    out = bundle(BundleRequest(pair, tiny_model, tmp_path / "out", "single-file", prove=False, device="cpu"))
+    nodes = json.loads((out / "workflow.json").read_text())
+    first, second = (nodes[f"stage_{number}_sampler"]["inputs"] for number in (1, 2))
+    assert (first["start_at_step"], first["end_at_step"], second["start_at_step"], second["end_at_step"]) == (
+        0, 26, 26, 40,
+    )  # fmt: skip
+    assert (first["add_noise"], second["add_noise"]) == ("enable", "disable")
+    assert (first["return_with_leftover_noise"], second["return_with_leftover_noise"]) == ("enable", "disable")
+    for node in nodes.values():  # every link leads to a node
+        assert all(value[0] in nodes for value in node["inputs"].values() if isinstance(value, list))
+    assert step_of(350, 1000, 30) == 20
