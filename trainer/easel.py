@@ -6,40 +6,53 @@ A picture of the pair is the one that generate-images draws with the same settin
 have the device one at a time.
 """
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from shared.conditioning import MicroConditioning
 from shared.device import free_unused_memory
+from shared.errors import DataError, RecordCorrupt
 from shared.vae import Vae, choose_encode_dtype
 from trainer.drawing import Drawing, batches
 from trainer.drawn import precision_name
-from trainer.ensemble import Denoiser, Expert, ExpertEnsemble, plan_steps
+from trainer.ensemble import Denoiser, Expert, ExpertEnsemble, Start, plan_steps
 from trainer.gallery import Gallery, Pictures, finishes_from
+from trainer.handover import latent_facts
 from trainer.lineup import Candidate, LineUp, as_expert
 from trainer.offload import Berth, OffloadedUnet
 from trainer.picture_files import PICTURE_FORMAT, drawing_facts, expert_facts, read_picture, save_picture
 from trainer.prompt_embeds import EncodedPrompts
-from trainer.report import Finished
+from trainer.report import Finished, HandOver
 from trainer.rounds import Rounds
 from trainer.sources import Source
 from trainer.unet import ConditionedUnet, load_unet
 
 
-def draw_round(
-    gallery: Gallery, line: LineUp, number: int, advance: Callable[[int], None]
-) -> tuple[list[Pictures], list[Finished], float | None]:
-    """All pictures of a round: of each choice, the finished ones, and the timestep from which they were."""
+@dataclass(frozen=True)
+class Drawn:
+    """What was drawn in a round."""
+
+    choices: Sequence[Pictures]
+    finished: list[Finished]
+    finished_from: float | None
+    handover: list[HandOver]
+
+
+def draw_round(gallery: Gallery, line: LineUp, number: int, advance: Callable[[int], None]) -> Drawn:
+    """All pictures of a round."""
     easel = Easel(gallery, line, gallery.out / "pictures" / f"round-{number:04d}")
     drawn = [easel.draw_choice(index, choice, advance) for index, choice in enumerate(line.choices())]
     finished, from_t = easel.finish(advance)
+    handover = easel.hand_over()
     del easel
     free_unused_memory()
-    return drawn, finished, from_t
+    return Drawn(drawn, finished, from_t, handover)
 
 
 class Easel:
@@ -77,6 +90,39 @@ class Easel:
             drawn.append((candidate.name, self._draw(drawings, (candidate, *others), folder, from_t, advance)))
         found = [self._finished(i, dataset, one, drawn) for i, (dataset, one) in enumerate(sources)]
         return [one for one in found if one is not None], self._first(from_t)
+
+    def hand_over(self) -> list[HandOver]:
+        """What everybody who may answer above the lowest boundary hands over there, beside real latents."""
+        sources = self._gallery.sources
+        if finishes_from(self._line) is None or not sources:
+            return []
+        self._berth.bring([self._vae.module])
+        started = []
+        for _, source in sources:
+            with contextlib.suppress(DataError, RecordCorrupt):  # that it cannot be read has been said
+                started.append((source, source.start(self._vae, self._gallery.wish.seed)[0]))
+        return [self._handed_over(one, started) for one in self._line.parts[1].candidates] if started else []
+
+    def _handed_over(self, candidate: Candidate, started: Sequence[tuple[Source, Tensor]]) -> HandOver:
+        gallery, facts = self._gallery, candidate.facts
+        expert = Expert(facts, self._models[candidate.name], gallery.dtype)
+        ensemble, settings = ExpertEnsemble([expert], self._line.contract), gallery.wish.settings
+        last_t = plan_steps([facts], self._line.contract, settings)[-1][1]
+        embeds = EncodedPrompts(gallery.embeds, [facts], [None])
+        estimates: dict[bool, list[Tensor]] = {False: [], True: []}
+        for source, x_0 in started:
+            prompts = embeds.batch([(source.caption or "",)], gallery.device)
+            for is_real, own in estimates.items():
+                generator = source.generator(gallery.wish.seed)
+                noise = torch.randn((1, *x_0.shape), generator=generator).to(gallery.device)
+                start = Start(x_0[None].to(gallery.device), last_t) if is_real else None
+                with torch.inference_mode():
+                    drawn = ensemble.draw(prompts, [source.sizes], settings, noise, [generator], start)
+                own.append(drawn[0].cpu())
+        facts_of = {is_real: latent_facts(own) for is_real, own in estimates.items()}
+        return HandOver(
+            candidate=candidate.name, timestep=last_t, pictures=len(started), drawn=facts_of[False], real=facts_of[True]
+        )
 
     def _ready(self, candidate: Candidate, device: torch.device) -> Denoiser:
         unet = load_unet(candidate.folder, device, self._gallery.dtype)

@@ -21,7 +21,7 @@ from shared.schedule import TimestepRange
 from shared.store import StoreReader
 from trainer.bench import Bench, open_bench
 from trainer.checkpoint import Checkpoint, open_expert
-from trainer.easel import draw_round
+from trainer.easel import Drawn, draw_round
 from trainer.eval_axis import Losses, measure, pair_loss, stretches, sweep
 from trainer.eval_loss import EvalLoss
 from trainer.gallery import Gallery, Pictures, PictureWish, open_gallery
@@ -29,7 +29,6 @@ from trainer.lineup import Candidate, LineUp, line_up, notes_on
 from trainer.report import (
     Answerer,
     Choice,
-    Finished,
     JudgedExpert,
     Report,
     Round,
@@ -112,17 +111,18 @@ def judge(
             device=device,
             advance=advance,
         )
-    drawn, finished, finished_from = _draw(gallery, line, number)
+    drawn = _draw(gallery, line, number)
     return Round(
         number=number,
         at=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         took_s=round(time.perf_counter() - began_s, 2),
         experts=list(states),
         losses=[stretch_loss(name, within, one) for name, of in losses.items() for within, one in of.items()],
-        choices=[_choice(choice, line, losses, own) for choice, own in zip(line.choices(), drawn, strict=True)],
+        choices=[_choice(choice, line, losses, own) for choice, own in zip(line.choices(), drawn.choices, strict=True)],
         sweep=[SweepPoint(boundary=boundary, loss=loss) for boundary, loss in sweep(line, losses)],
-        finished=finished,
-        finished_from=finished_from,
+        finished=drawn.finished,
+        finished_from=drawn.finished_from,
+        handover=drawn.handover,
     )
 
 
@@ -155,11 +155,9 @@ def stretch_loss(name: str, within: TimestepRange, one: EvalLoss) -> StretchLoss
     )
 
 
-def _draw(
-    gallery: Gallery | None, line: LineUp, number: int
-) -> tuple[Sequence[Pictures], list[Finished], float | None]:
+def _draw(gallery: Gallery | None, line: LineUp, number: int) -> Drawn:
     if gallery is None:
-        return [Pictures([], []) for _ in line.choices()], [], None
+        return Drawn([Pictures([], []) for _ in line.choices()], [], None, [])
     with progress("pictures", gallery.count(line), "images") as advance:
         return draw_round(gallery, line, number, advance)
 

@@ -116,6 +116,32 @@ class Finished(_Part):
     """Who finished it, and what came of it."""
 
 
+class LatentFacts(_Part):
+    """What some latents are like, over all their pixels."""
+
+    mean: list[float | None]
+    """Of each channel."""
+    variance: list[float | None]
+    """Of each channel."""
+    power: list[float | None]
+    """In equal bands of spatial frequency from 0 to half a cycle; white noise of variance 1 has 1 in each."""
+
+
+class HandOver(_Part):
+    """x_0 at the lowest boundary as whoever answers above it estimates it: of what it drew, and of real latents."""
+
+    candidate: str
+    """Who answers above."""
+    timestep: float
+    """Its last step, at which both are estimated."""
+    pictures: int
+    """Held-out pictures, and as many that were drawn to their captions."""
+    drawn: LatentFacts
+    """Of latents that it drew from noise."""
+    real: LatentFacts
+    """Of the pictures' own latents, noised to that step."""
+
+
 class SweepPoint(_Part):
     """Both experts handing over at another timestep."""
 
@@ -146,6 +172,8 @@ class Round(_Part):
     """Held-out pictures of each data set, finished from below the lowest boundary."""
     finished_from: float | None = None
     """Timestep that they were noised to."""
+    handover: list[HandOver] = []
+    """What is handed over at the lowest boundary, by everybody who may answer above it."""
 
 
 class Report(_Part):

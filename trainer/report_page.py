@@ -42,6 +42,7 @@ def report_page(report: Report, out: Path) -> str:
         "<h2>Loss by timestep</h2>",
         *_losses(newest),
         *_beside(newest),
+        *_handover(newest),
         *_sweep(newest),
         *_over_rounds(report),
     ]
@@ -165,6 +166,30 @@ def _beside(newest: Round) -> list[str]:
         found.append(f"<h3>On either side of {upper.low}</h3>")
         found.append(table(["", *(f"[{low}, {high})" for low, high in ranges)], rows))
     return found
+
+
+def _handover(newest: Round) -> list[str]:
+    """What is handed over beside what real latents would have given: moments by channel, power by frequency."""
+    if not newest.handover:
+        return []
+    rows, curves = [], []
+    for colour, one in enumerate(newest.handover):
+        for told, facts in (("drawn", one.drawn), ("real", one.real)):
+            moments = [*map(number, facts.mean), *map(number, facts.variance)]
+            rows.append([html.escape(one.candidate), told, *moments])
+        bands = list(zip(one.drawn.power, one.real.power, strict=True))
+        points = [((i + 0.5) / len(bands) / 2, a / b) for i, (a, b) in enumerate(bands) if a is not None and b]
+        curves.append(Line(one.candidate, points, colour))
+    first, channels = newest.handover[0], range(1, 1 + len(newest.handover[0].drawn.mean))
+    head = ["above", "latents", *(f"mean {i}" for i in channels), *(f"variance {i}" for i in channels)]
+    return [
+        "<h2>What is handed over</h2>",
+        f"<p>x_0 as it is estimated at t = {first.timestep:.0f}, the last step above the boundary: of {first.pictures} "
+        "pictures drawn from noise to held-out captions, and of these held-out pictures' own latents noised to that "
+        "step. Alike means that whoever answers below is given what it was trained on.</p>",
+        table(head, rows, texts=2),
+        line_plot("Power by frequency", curves, "cycles per latent pixel", "power, drawn / real"),
+    ]
 
 
 def _sweep(newest: Round) -> list[str]:

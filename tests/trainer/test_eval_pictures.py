@@ -125,6 +125,16 @@ def test_held_out_pictures_stand_beside_what_both_made_of_them(report: Any, fold
         assert not np.array_equal(*made)
 
 
+def test_what_is_handed_over_is_estimated_at_the_last_step_above_the_boundary(report: Any) -> None:
+    """Both estimates are of the same step; of real latents a trained base and a start model say different things."""
+    start, base = report.rounds[0].handover
+    assert (start.candidate, base.candidate) == ("start model", "base")
+    assert start.timestep == base.timestep >= 350
+    assert start.timestep - 125 < 350  # of 8 steps the next is below
+    assert start.pictures == 2
+    assert len({tuple(facts.mean) for one in (start, base) for facts in (one.drawn, one.real)}) == 4
+
+
 def test_each_data_set_has_its_share(judge_in: Callable[..., Any], world: Any, tmp_path: Path) -> None:
     report = judge_in(tmp_path / "out", draws=1, pictures=PictureWish((), SETTINGS, held_out=1))
     assert [one.dataset for one in report.rounds[0].finished] == ["shapes"]
