@@ -17,7 +17,7 @@ from typing import Any
 
 from shared import errors
 from shared.errors import ExpertsError, Stopped, StoreFormat
-from shared.store import Store
+from shared.store import Store, StoreWriter
 
 _OF_DAMAGE = (signal.SIGBUS, signal.SIGSEGV, signal.SIGABRT)
 
@@ -57,7 +57,8 @@ def require_readable(source: Store) -> None:
     source.close_environment()
 
     def listed() -> int:
-        source.leave_lease()  # or a child that outlives its killed parent would hold it
+        if isinstance(source, StoreWriter):
+            source.leave_lease()  # or a child that outlives its killed parent would hold it
         return sum(len(page) for page in source.sizes())
 
     in_child(source.path, listed)

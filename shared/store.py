@@ -177,9 +177,6 @@ class _Environment:
         sync_file(folder / "data.mdb")
         sync_folder(folder)
 
-    def leave_lease(self) -> None:
-        """In a forked child: give up its share in the writer's lease, which stays with the parent."""
-
     def close_environment(self) -> None:
         """Close LMDB in this process; the next use opens it again."""
         if self._env is not None:
