@@ -85,7 +85,7 @@ def kohya_metadata(stage: Stage) -> dict[str, Any]:
 
 
 def _require_loras(stages: Sequence[Stage]) -> None:
-    """A DoRA's magnitudes are dropped by diffusers when it reads kohya's names: what cannot be proved is not written."""
+    """diffusers drops a DoRA's magnitudes when it reads kohya's names: what cannot be proved is not written."""
     for stage in stages:
         adapter, name = stage.facts.adapter, stage.facts.name
         if adapter is None:
