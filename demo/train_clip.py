@@ -31,6 +31,19 @@ TWINS = 0.6  # of the relatives in the last fit
 SIZES_HW: tuple[Size, ...] = ((64, 64), (64, 88), (88, 64))
 IMAGE_PX, PATCH_PX = 48, 8
 IMAGE_MEAN, IMAGE_STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+# `to_clip_input` as a CLIP's processor has it, for whoever loads the CLIP as any other (2: bilinear).
+PREPROCESSOR = {
+    "image_processor_type": "CLIPImageProcessor",
+    "do_convert_rgb": True,
+    "do_resize": True,
+    "size": {"height": IMAGE_PX, "width": IMAGE_PX},
+    "resample": 2,
+    "do_center_crop": False,
+    "do_rescale": True,
+    "do_normalize": True,
+    "image_mean": list(IMAGE_MEAN),
+    "image_std": list(IMAGE_STD),
+}
 WIDTHS = (64, 128)  # of the two text towers
 PROJECTION = 96
 VISION = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4}

@@ -102,6 +102,8 @@ def make_clip(out: Path, device: str) -> None:
         write_transformer(out / "model" / name, class_name, config, named)
     write_tokenizer(out / "model" / "tokenizer", pad_token=EOS)
     write_tokenizer(out / "model" / "tokenizer_2", pad_token="!")
+    write_tokenizer(out / "model" / "clip", pad_token="!")
+    write_json(out / "model" / "clip" / "preprocessor_config.json", train_clip.PREPROCESSOR)
 
 
 def make_store(out: Path, device: str) -> None:

@@ -27,6 +27,19 @@ def resolve_model(model: str, components: Sequence[str] = COMPONENTS) -> Path:
     return _fetch(model, components)
 
 
+def resolve_clip(model: str) -> Path:
+    """The folder of a CLIP in transformers' layout; a Hub id ("openai/clip-vit-large-patch14") is fetched first.
+
+    Raises DataError where there is neither.
+    """
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return folder
+    if model.count("/") != 1 or model.startswith((".", "/", "~")):
+        raise DataError(f"no CLIP folder {folder}")
+    return _snapshot(model, ["*.json", "*.txt", "*.safetensors"], "CLIP")
+
+
 def model_name(folder: Path) -> str:
     """What to call a resolved model: the Hub id that it was fetched by, else the name of its folder."""
     repository = folder.parent.parent.name
@@ -68,19 +81,36 @@ def _index_licence(path: Path) -> str:
 
 
 def _fetch(repository: str, components: Sequence[str]) -> Path:
-    from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
     try:
-        try:
-            files = HfApi().list_repo_files(repository)
-            wanted = sorted(_choose(files, components))
-        except OfflineModeIsEnabled:
-            wanted = [f"{part}/*{suffix}" for part in components for suffix in (".safetensors", *_TEXT_SUFFIXES)]
-        return Path(snapshot_download(repository, allow_patterns=["model_index.json", "README.md", *wanted]))
+        wanted = sorted(_choose(HfApi().list_repo_files(repository), components))
+    except OfflineModeIsEnabled:
+        wanted = [f"{part}/*{suffix}" for part in components for suffix in (".safetensors", *_TEXT_SUFFIXES)]
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise _not_given(repository, "model", error) from None
+    return _snapshot(repository, ["model_index.json", "README.md", *wanted], "model")
+
+
+def _snapshot(repository: str, wanted: Sequence[str], kind: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+    )
+
+    try:
+        return Path(snapshot_download(repository, allow_patterns=list(wanted)))
     except (OfflineModeIsEnabled, LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise DataError(f"no model folder {repository}, and the Hub did not give it: {reason}") from None
+        raise _not_given(repository, kind, error) from None
+
+
+def _not_given(repository: str, kind: str, error: Exception) -> DataError:
+    reason = str(error).strip().splitlines()[0]
+    return DataError(f"no {kind} folder {repository}, and the Hub did not give it: {reason}")
 
 
 def _choose(files: Iterable[str], components: Sequence[str]) -> Iterable[str]:

@@ -22,6 +22,16 @@ class Bench:
     samples: list[PinnedSample]
     read: ReadSamples
     notes: list[str]
+    trained: frozenset[str]  # ids of held-out samples that an expert was trained on all the same
+
+    def of_each_data_set(self, count: int) -> list[tuple[str, PinnedSample]]:
+        """The first `count` held-out samples of each data set, with its name; an id in two of them comes once."""
+        found: dict[str, tuple[str, PinnedSample]] = {}
+        for name in self.manifest.settings.datasets:
+            own = choose_samples(self.manifest, count + len(self.trained), name)
+            for sample in [one for one in own if one.sample_id not in self.trained][:count]:
+                found.setdefault(sample.sample_id, (name, sample))
+        return list(found.values())
 
 
 def open_bench(path: Path, store: StoreReader, name: str | None, checkpoints: Sequence[Checkpoint]) -> Bench:
@@ -46,7 +56,9 @@ def open_bench(path: Path, store: StoreReader, name: str | None, checkpoints: Se
         )
     if len(kept) < len(chosen):
         notes.append(f"{len(chosen) - len(kept)} held-out samples are left out: an expert was trained on them")
-    return Bench(manifest, kept, partial(read_sample_batch, store, manifest.settings), notes)
+    read = partial(read_sample_batch, store, manifest.settings)
+    held_out = {sample.sample_id for sample in choose_samples(manifest, len(manifest))} if trained else set()
+    return Bench(manifest, kept, read, notes, frozenset(trained & held_out))
 
 
 def _own_manifest(path: Path, facts: ExpertFacts) -> Manifest:

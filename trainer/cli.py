@@ -85,6 +85,12 @@ ManifestName = Annotated[
 ]
 Draws = Annotated[int, typer.Option(min=1, help="Draws of the eval loss over each part of the schedule.")]
 EvalBatch = Annotated[int, typer.Option("--batch", min=1, help="Samples at once on the device.")]
+EvalHeldOut = Annotated[
+    int, typer.Option("--held-out", min=0, help="Held-out pictures of each data set, finished from below B.")
+]
+Clip = Annotated[str | None, typer.Option(help="CLIP that scores the prompts' pictures: a folder or a Hub id.")]
+EvalGuidance = Annotated[float, typer.Option("--guidance", min=0, help="Weight of the prompt; 1 or less: without.")]
+EvalSeed = Annotated[int, typer.Option("--seed", min=0, max=2**62, help="Of every picture.")]
 
 
 def _train_expert(
@@ -230,13 +236,35 @@ def _evaluate_experts(
     manifest: ManifestName = None,
     draws: Draws = 256,
     batch: EvalBatch = 4,
+    prompt: Prompts = None,
+    prompts: PromptFile = None,
+    clip: Clip = None,
+    held_out: EvalHeldOut = 4,
+    steps: Steps = 40,
+    guidance: EvalGuidance = 9.2,
+    guidance_rescale: Rescale = None,
+    scheduler: Scheduler = "unipc",
+    seed: EvalSeed = 0,
+    precision: Precision = "auto",
     device: Device = "auto",
     base: Base = None,
 ) -> None:
-    """Judge experts beside their start model: losses by timestep, every way to pair them, in one report."""
-    from shared.model_folder import resolve_model
+    """Judge experts beside their start model: losses by timestep, pictures, every way to pair them, in one report."""
+    from shared.model_folder import resolve_clip, resolve_model
+    from trainer.ensemble import DrawSettings
     from trainer.evaluate import EvaluateRequest, evaluate
+    from trainer.gallery import PictureWish
+    from trainer.generate import read_prompts
 
+    wish = PictureWish(
+        prompts=read_prompts(prompt or [], prompts) if prompt or prompts else (),
+        settings=DrawSettings(steps, guidance, guidance_rescale, scheduler),
+        seed=seed,
+        held_out=held_out,
+        precision=precision,
+        batch=batch,
+        clip=resolve_clip(clip) if clip else None,
+    )
     request = EvaluateRequest(
         experts=expert,
         store=store,
@@ -247,6 +275,7 @@ def _evaluate_experts(
         draws=draws,
         batch=batch,
         base=base,
+        pictures=wish,
     )
     typer.echo(str(evaluate(request)))
 

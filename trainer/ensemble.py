@@ -182,7 +182,8 @@ def rescale_guidance(guided: Tensor, positive: Tensor, share: float) -> Tensor:
     if share == 0:
         return guided
     dims = list(range(1, guided.ndim))
-    rescaled = guided * (positive.std(dim=dims, keepdim=True) / guided.std(dim=dims, keepdim=True))
+    spread = guided.std(dim=dims, keepdim=True).clamp(min=torch.finfo(guided.dtype).tiny)  # a guess of nothing has none
+    rescaled = guided * (positive.std(dim=dims, keepdim=True) / spread)
     return share * rescaled + (1 - share) * guided
 
 

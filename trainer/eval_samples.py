@@ -82,9 +82,12 @@ def pin_samples(run: Path, manifest: Manifest) -> list[PinnedSample]:
     return list(pinned.samples)
 
 
-def choose_samples(manifest: Manifest, count: int = MOST_SAMPLES) -> list[PinnedSample]:
-    """Up to `count` held-out samples of a manifest, by a hash of their ids."""
+def choose_samples(manifest: Manifest, count: int = MOST_SAMPLES, dataset: str | None = None) -> list[PinnedSample]:
+    """Up to `count` held-out samples of a manifest, or of one of its data sets, by a hash of their ids."""
     rows = [int(row) for bucket in manifest.buckets("eval") for row in bucket.rows]
+    if dataset is not None:
+        is_in = manifest.in_dataset(dataset)
+        rows = [row for row in rows if is_in[row]]
     ids = manifest.sample_ids(rows)
     ordered = sorted(range(len(rows)), key=lambda i: (derive_seed(0, "eval sample", ids[i]), ids[i]))
     has_variance = manifest.settings.latents == "moments"

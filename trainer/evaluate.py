@@ -1,13 +1,14 @@
 """`evaluate-experts`: what both experts are worth, each alone and both together, beside the start model.
 
     experts on disk -> line-up -> losses on one axis -> every way to fill the parts -> OUT/report.json, OUT/report.html
+                               -> pictures by each of these ways, their CLIP scores -> OUT/pictures
 
 A process of its own: it reads the store and the run folders, and writes nothing but OUT.
 """
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -20,10 +21,21 @@ from shared.schedule import TimestepRange
 from shared.store import StoreReader
 from trainer.bench import Bench, open_bench
 from trainer.checkpoint import Checkpoint, open_expert
+from trainer.easel import Drawn, draw_round
 from trainer.eval_axis import Losses, measure, pair_loss, stretches, sweep
 from trainer.eval_loss import EvalLoss
+from trainer.gallery import Gallery, Pictures, PictureWish, open_gallery
 from trainer.lineup import Candidate, LineUp, line_up, notes_on
-from trainer.report import Answerer, Choice, JudgedExpert, Report, Round, StretchLoss, SweepPoint, write_report
+from trainer.report import (
+    Answerer,
+    Choice,
+    JudgedExpert,
+    Report,
+    Round,
+    StretchLoss,
+    SweepPoint,
+    write_report,
+)
 from trainer.report_page import report_page
 
 
@@ -40,6 +52,7 @@ class EvaluateRequest:
     draws: int = 256
     batch: int = 4
     base: Path | None = None  # what adapters stand on, if it is not the model's UNet
+    pictures: PictureWish = field(default_factory=PictureWish)
 
 
 def evaluate(request: EvaluateRequest) -> Path:
@@ -55,8 +68,9 @@ def evaluate(request: EvaluateRequest) -> Path:
         is_whole = len(checkpoints) > 1
         line = line_up(checkpoints, request.model, request.base, bench.manifest.settings, is_whole=is_whole)
         request.out.mkdir(parents=True, exist_ok=True)
+        gallery = open_gallery(request.pictures, request.model, store, request.out, bench, line, device)
         states = [judged(path, one) for path, one in zip(request.experts, checkpoints, strict=True)]
-        report = begin_report(request, bench, line).with_round(judge(request, bench, line, states, device, 1))
+        report = begin_report(request, bench, line).with_round(judge(request, bench, line, gallery, states, device, 1))
     return write_report(request.out, report, report_page(report, request.out))[1]
 
 
@@ -68,6 +82,9 @@ def begin_report(request: EvaluateRequest, bench: Bench, line: LineUp) -> Report
         digest=bench.manifest.digest,
         samples=len(bench.samples),
         draws=request.draws,
+        prompts=list(request.pictures.prompts),
+        clip=None if request.pictures.clip is None else model_name(request.pictures.clip),
+        drawing=asdict(request.pictures.settings) | {"seed": request.pictures.seed},
         notes=[*bench.notes, *notes_on(line)],
     )
 
@@ -76,11 +93,12 @@ def judge(
     request: EvaluateRequest,
     bench: Bench,
     line: LineUp,
+    gallery: Gallery | None,
     states: Sequence[JudgedExpert],
     device: torch.device,
     number: int,
 ) -> Round:
-    """One round: everybody's losses, and what follows from them for every way to fill the parts."""
+    """One round: everybody's losses, what follows from them for every way to fill the parts, and pictures of each."""
     began_s = time.perf_counter()
     total = sum(stretches(line, request.draws).values()) * len(line.candidates)
     with progress("eval loss", total, "draws") as advance:
@@ -93,14 +111,18 @@ def judge(
             device=device,
             advance=advance,
         )
+    drawn = _draw(gallery, line, number)
     return Round(
         number=number,
         at=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         took_s=round(time.perf_counter() - began_s, 2),
         experts=list(states),
         losses=[stretch_loss(name, within, one) for name, of in losses.items() for within, one in of.items()],
-        choices=[_choice(choice, line, losses) for choice in line.choices()],
+        choices=[_choice(choice, line, losses, own) for choice, own in zip(line.choices(), drawn.choices, strict=True)],
         sweep=[SweepPoint(boundary=boundary, loss=loss) for boundary, loss in sweep(line, losses)],
+        finished=drawn.finished,
+        finished_from=drawn.finished_from,
+        handover=drawn.handover,
     )
 
 
@@ -133,9 +155,18 @@ def stretch_loss(name: str, within: TimestepRange, one: EvalLoss) -> StretchLoss
     )
 
 
-def _choice(choice: Sequence[Candidate], line: LineUp, losses: Losses) -> Choice:
+def _draw(gallery: Gallery | None, line: LineUp, number: int) -> Drawn:
+    if gallery is None:
+        return Drawn([Pictures([], []) for _ in line.choices()], [], None, [])
+    with progress("pictures", gallery.count(line), "images") as advance:
+        return draw_round(gallery, line, number, advance)
+
+
+def _choice(choice: Sequence[Candidate], line: LineUp, losses: Losses, drawn: Pictures) -> Choice:
     answers = [
         Answerer(low=part.within.low, high=part.within.high, candidate=one.name)
         for part, one in zip(line.parts, choice, strict=True)
     ]
-    return Choice(answers=answers, loss=pair_loss(choice, line, losses))
+    mean = sum(drawn.scores) / len(drawn.scores) if drawn.scores else None
+    loss = pair_loss(choice, line, losses)
+    return Choice(answers=answers, loss=loss, clip=mean, clip_each=drawn.scores, pictures=drawn.paths)

@@ -4,6 +4,7 @@ The text chunk `sdxl-experts` holds one JSON object; docs/formats.md lists its k
 the same command leaves the same bytes.
 """
 
+import base64
 import io
 import json
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,7 @@ from typing import Any
 
 from shared.atomic import write_atomically
 from shared.contract import PairContract
+from shared.errors import DataError
 from shared.pictures import Pixels
 from shared.progress import say
 from shared.sheet import Card, Panel, draw_sheet, shrunk
@@ -30,7 +32,7 @@ def common_facts(
 ) -> dict[str, Any]:
     """What is the same of all pictures of a command."""
     told = asdict(settings) | {"guidance_rescale": settings.rescale(contract), "precision": precision}
-    return {"format": PICTURE_FORMAT, **told, "experts": [_expert_facts(one) for one in checkpoints]}
+    return {"format": PICTURE_FORMAT, **told, "experts": [expert_facts(one) for one in checkpoints]}
 
 
 def drawing_facts(drawing: Drawing, negatives: Sequence[str | None], first_t: float | None) -> dict[str, Any]:
@@ -57,6 +59,28 @@ def save_picture(path: Path, pixels: Pixels, facts: Mapping[str, Any]) -> None:
     write_atomically(path, data.getvalue())
 
 
+def read_picture(path: Path) -> Pixels:
+    """A picture that this program drew; raises DataError where it cannot be read."""
+    import numpy as np
+    from PIL import Image
+
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            return np.array(image.convert("RGB"))
+    except (OSError, ValueError, SyntaxError) as error:
+        raise DataError(f"{path} cannot be read: {error}") from None
+
+
+def inline_picture(path: Path, edge_px: int) -> str:
+    """A picture as a data URI, JPEG, no longer than `edge_px`; raises DataError where it cannot be read."""
+    from PIL import Image
+
+    image, data = Image.fromarray(read_picture(path)), io.BytesIO()
+    image.thumbnail((edge_px, edge_px))
+    image.save(data, "JPEG", quality=90)
+    return f"data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode()}"
+
+
 def card_of(drawing: Drawing, drawn: Pixels, source: Pixels | None, first_t: float | None) -> Card:
     """A picture for the sheet, beside the one that it was begun with."""
     panels = ([] if source is None else [Panel(shrunk(source))]) + [Panel(shrunk(drawn))]
@@ -81,7 +105,8 @@ def save_sheet(path: Path, cards: Sequence[Card], facts: Mapping[str, Any], nega
     write_atomically(path, draw_sheet(" · ".join(heading), cards[:MOST_CARDS]))
 
 
-def _expert_facts(checkpoint: Checkpoint) -> dict[str, Any]:
+def expert_facts(checkpoint: Checkpoint) -> dict[str, Any]:
+    """An expert as pictures name it."""
     facts, folder = checkpoint.card.facts, checkpoint.weights_folder().name
     return {
         "name": facts.name,

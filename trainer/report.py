@@ -96,9 +96,50 @@ class Choice(_Part):
     clip: float | None = None
     """Mean CLIP score of its pictures, where there was a CLIP."""
     clip_each: list[float] = []
-    """CLIP score of each picture, in the order of the prompts."""
+    """100 times the cosine of each picture and its prompt, in the order of the prompts."""
     pictures: list[str] = []
     """Its pictures, in the order of the prompts, as paths below the report's folder."""
+
+
+class Finished(_Part):
+    """A held-out picture, noised to the first timestep below the lowest boundary and finished by others."""
+
+    dataset: str
+    """Data set that it is of."""
+    name: str
+    """Beginning of its sample id, hex."""
+    caption: str
+    """What they were told."""
+    source: str
+    """Itself, decoded from its latents, as a path below the report's folder."""
+    pictures: list[tuple[str, str]]
+    """Who finished it, and what came of it."""
+
+
+class LatentFacts(_Part):
+    """What some latents are like, over all their pixels."""
+
+    mean: list[float | None]
+    """Of each channel."""
+    variance: list[float | None]
+    """Of each channel."""
+    power: list[float | None]
+    """In equal bands of spatial frequency from 0 to half a cycle; white noise of variance 1 has 1 in each."""
+
+
+class HandOver(_Part):
+    """x_0 at the lowest boundary as whoever answers above it estimates it: of what it drew, and of real latents."""
+
+    candidate: str
+    """Who answers above."""
+    timestep: float
+    """Its last step, at which both are estimated."""
+    pictures: int
+    """Held-out pictures, and as many that were drawn to their captions."""
+    drawn: LatentFacts
+    """Of latents that it drew from noise."""
+    real: LatentFacts
+    """Of the pictures' own latents, noised to that step."""
 
 
 class SweepPoint(_Part):
@@ -108,10 +149,6 @@ class SweepPoint(_Part):
     """The upper expert answers from this timestep on."""
     loss: float | None = None
     """Eval loss over the whole schedule."""
-    clip: float | None = None
-    """Mean CLIP score, where pictures were drawn."""
-    pictures: list[str] = []
-    """Pictures of the first prompts."""
 
 
 class Round(_Part):
@@ -131,6 +168,12 @@ class Round(_Part):
     """Every way to fill the parts: the start model alone first, the experts last."""
     sweep: list[SweepPoint] = []
     """The same two experts with other boundaries."""
+    finished: list[Finished] = []
+    """Held-out pictures of each data set, finished from below the lowest boundary."""
+    finished_from: float | None = None
+    """Timestep that they were noised to."""
+    handover: list[HandOver] = []
+    """What is handed over at the lowest boundary, by everybody who may answer above it."""
 
 
 class Report(_Part):

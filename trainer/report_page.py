@@ -10,8 +10,10 @@ from pathlib import Path
 
 from trainer.eval_axis import BESIDE
 from trainer.lineup import START
+from trainer.page_pictures import STYLE as PICTURE_STYLE
+from trainer.page_pictures import choice_name, pictures_of
 from trainer.plot import Line, line_plot, shown
-from trainer.report import Choice, JudgedExpert, Report, Round, StretchLoss
+from trainer.report import JudgedExpert, Report, Round, StretchLoss
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; padding: 0 1rem; color: #222; }
@@ -32,13 +34,15 @@ def report_page(report: Report, out: Path) -> str:
     newest = report.rounds[-1]
     parts = [
         "<!doctype html><html lang=en><meta charset=utf-8><title>Experts, evaluated</title>",
-        f"<style>{STYLE}</style><h1>Experts, evaluated</h1>",
+        f"<style>{STYLE}{PICTURE_STYLE}</style><h1>Experts, evaluated</h1>",
         *_what(report, newest),
         "<h2>Every way to fill the parts</h2>",
         _choices(newest),
+        *pictures_of(report, newest, out),
         "<h2>Loss by timestep</h2>",
         *_losses(newest),
         *_beside(newest),
+        *_handover(newest),
         *_sweep(newest),
         *_over_rounds(report),
     ]
@@ -164,6 +168,30 @@ def _beside(newest: Round) -> list[str]:
     return found
 
 
+def _handover(newest: Round) -> list[str]:
+    """What is handed over beside what real latents would have given: moments by channel, power by frequency."""
+    if not newest.handover:
+        return []
+    rows, curves = [], []
+    for colour, one in enumerate(newest.handover):
+        for told, facts in (("drawn", one.drawn), ("real", one.real)):
+            moments = [*map(number, facts.mean), *map(number, facts.variance)]
+            rows.append([html.escape(one.candidate), told, *moments])
+        bands = list(zip(one.drawn.power, one.real.power, strict=True))
+        points = [((i + 0.5) / len(bands) / 2, a / b) for i, (a, b) in enumerate(bands) if a is not None and b]
+        curves.append(Line(one.candidate, points, colour))
+    first, channels = newest.handover[0], range(1, 1 + len(newest.handover[0].drawn.mean))
+    head = ["above", "latents", *(f"mean {i}" for i in channels), *(f"variance {i}" for i in channels)]
+    return [
+        "<h2>What is handed over</h2>",
+        f"<p>x_0 as it is estimated at t = {first.timestep:.0f}, the last step above the boundary: of {first.pictures} "
+        "pictures drawn from noise to held-out captions, and of these held-out pictures' own latents noised to that "
+        "step. Alike means that whoever answers below is given what it was trained on.</p>",
+        table(head, rows, texts=2),
+        line_plot("Power by frequency", curves, "cycles per latent pixel", "power, drawn / real"),
+    ]
+
+
 def _sweep(newest: Round) -> list[str]:
     losses = [(float(one.boundary), one.loss) for one in newest.sweep if one.loss is not None]
     if not losses:
@@ -189,12 +217,6 @@ def _over_rounds(report: Report) -> list[str]:
                 lines.setdefault(choice_name(choice), []).append((float(one.number), choice.loss))
     curves = [Line(name, points, colour) for colour, (name, points) in enumerate(lines.items())]
     return ["<h2>Round by round</h2>", line_plot("Eval loss by round", curves, "round", "eval loss")]
-
-
-def choice_name(choice: Choice) -> str:
-    """What a choice is called: who answers, from high timesteps to low."""
-    names = [answer.candidate for answer in reversed(choice.answers)]
-    return names[0] if len(set(names)) == 1 else " + ".join(names)
 
 
 def _names(newest: Round) -> list[str]:

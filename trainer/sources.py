@@ -7,6 +7,7 @@ What is drawn is a function of the seed and of the picture: its posterior and it
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -142,15 +143,16 @@ def _held_out(path: Path, name: str, contract: PairContract, limit: int | None) 
         raise DataError(
             f"manifest {name!r} of {path} holds no picture out (split.eval_fraction): nothing to begin with"
         )
-    return [_of_sample(path, sample) for sample in samples]
+    return [source_of_sample(lambda: StoreReader(path), sample) for sample in samples]
 
 
-def _of_sample(path: Path, sample: PinnedSample) -> Source:
-    with StoreReader(path) as store, store.snapshot() as snapshot:
+def source_of_sample(opened: Callable[[], AbstractContextManager[StoreReader]], sample: PinnedSample) -> Source:
+    """A held-out sample of the store that is `opened`: its caption is read now, its latents when it is drawn from."""
+    with opened() as store, store.snapshot() as snapshot:
         caption = str(snapshot.read(bytes.fromhex(sample.text_key)).meta["caption"])
 
     def read(vae: Vae) -> tuple[LatentMoments, Pixels]:
-        with StoreReader(path) as store, store.snapshot() as snapshot:
+        with opened() as store, store.snapshot() as snapshot:
             tensors = snapshot.read(bytes.fromhex(sample.latent_key)).tensors
         mean, logvar = (_tensor(tensors.get(part)) for part in ("mean", "logvar"))
         if mean is None:

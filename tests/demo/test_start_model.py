@@ -75,6 +75,7 @@ def test_the_clip_tells_pictures_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     found = measure_clip(MODEL)
     assert min(found["caption_found"], found["picture_found"]) >= 0.9
     assert found["kind_found"] >= 0.85
+    assert found["place_found"] >= 0.9
 
 
 def test_text_embeds_tell_every_kind_from_every_other() -> None:
@@ -103,12 +104,13 @@ def test_it_draws_what_is_asked(pictures: list[Image.Image]) -> None:
         assert sets[name].colour >= 0.75
         assert sets[name].count >= 0.75
         assert sets[name].position >= 0.75
-    assert sets["one"].follows + sets["held out"].follows >= 1.2  # 1.80 over 200 pictures
+    assert sets["one"].follows + sets["held out"].follows >= 1.3  # 1.84 over 200 pictures
+    assert sets["two"].relation >= 0.8  # 0.99 over 100
     everything = score(judged(pictures, PROMPTS))
     assert everything.ground >= 0.9
     assert everything.sharpness >= 0.55
     assert everything.clip is not None
-    assert everything.clip >= 78  # 86 over 300 pictures
+    assert everything.clip >= 78  # 85 over 300 pictures
 
 
 def test_a_wrong_null_prompt_shows_at_once(tmp_path: Path) -> None:
@@ -122,7 +124,7 @@ def test_a_wrong_null_prompt_shows_at_once(tmp_path: Path) -> None:
     for model in (MODEL, wrong):
         drawn = draw_with_pipeline(model, some, PICTURE_HW, steps=20, guidance=5.0, seeds=seeds)
         clips.append(score(judged(drawn, some)).clip or 0)
-    assert clips[1] <= clips[0] - 15
+    assert clips[1] <= clips[0] - 10  # 72 and 87
 
 
 def test_prompts_in_the_wrong_order_show_at_once(pictures: list[Image.Image]) -> None:

@@ -21,7 +21,10 @@ from shared.config import load_config
 from shared.runlog import read_events
 from tests.pictures import write_shapes
 from trainer.config import ExpertConfig
+from trainer.evaluate import EvaluateRequest, evaluate
+from trainer.gallery import PictureWish
 from trainer.loop import train_expert
+from trainer.report import read_report
 from trainer.run import Request
 
 BUILD = ("images.resolution=64", "images.step=16", "split.eval_fraction=0.1")
@@ -137,6 +140,20 @@ def pair(world: World, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
     for expert in ("base", "refiner"):
         train_expert(world.request(folder / expert, "steps=2", "batch=1", "ema.decay=0.5", expert=expert))
     return folder / "base", folder / "refiner"
+
+
+@pytest.fixture(scope="session")
+def judge_in(world: Any, pair: tuple[Path, Path]) -> Callable[..., Any]:
+    """Evaluates into a folder; returns the report."""
+
+    def judged(out: Path, **changes: Any) -> Any:
+        asked: dict[str, Any] = {"experts": pair, "store": world.store, "model": world.model, "out": out}
+        asked |= {"device": "cpu", "draws": 12, "pictures": PictureWish(held_out=0)}
+        torch.set_num_threads(1)  # also where a fixture of the session asks
+        evaluate(EvaluateRequest(**(asked | changes)))
+        return read_report(out)
+
+    return judged
 
 
 @pytest.fixture

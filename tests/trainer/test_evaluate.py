@@ -18,29 +18,13 @@ from shared.seeding import make_generator
 from shared.store import StoreReader
 from trainer.eval_loss import EvalDraw, plan_draws
 from trainer.eval_samples import choose_samples, read_sample_batch
-from trainer.evaluate import EvaluateRequest, evaluate
 from trainer.loop import train_expert
-from trainer.report import read_report
 from trainer.unet import ConditionedUnet, load_unet
 
 BASE, REFINER = TimestepRange(350, 1000), TimestepRange(0, 350)
 CPU = torch.device("cpu")
 Pair = tuple[Path, Path]
 Judge = Callable[..., Any]
-
-
-@pytest.fixture(scope="session")
-def judge_in(world: Any, pair: Pair) -> Judge:
-    """Evaluates into a folder; returns the report."""
-
-    def judged(out: Path, **changes: Any) -> Any:
-        asked: dict[str, Any] = {"experts": pair, "store": world.store, "model": world.model, "out": out}
-        asked |= {"device": "cpu", "draws": 12}
-        torch.set_num_threads(1)  # also where a fixture of the session asks
-        evaluate(EvaluateRequest(**(asked | changes)))
-        return read_report(out)
-
-    return judged
 
 
 @pytest.fixture(scope="session")

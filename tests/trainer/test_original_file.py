@@ -10,9 +10,14 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from shared.errors import ContractError
 from shared.original_layout import original_name, unet_modules, vae_modules
 from trainer.bundle import BundleRequest, bundle
-from trainer.original_file import load_file_pipeline, step_of
+from trainer.bundle_stage import read_stages
+from trainer.checkpoint import open_expert
+from trainer.comfy import comfy_timesteps, step_range
+from trainer.original_file import load_file_pipeline, require_sayable
+from trainer.schedulers import make_scheduler
 
 BOTH: dict[str, Any] = {"layers_per_block": 2, "addition_embed_type": "text_time", "addition_time_embed_dim": 256}
 BASE = BOTH | {
@@ -117,4 +122,32 @@ def test_the_workflow_hands_over_at_the_boundarys_step(
     assert (first["return_with_leftover_noise"], second["return_with_leftover_noise"]) == ("enable", "disable")
     for node in nodes.values():  # every link leads to a node
         assert all(value[0] in nodes for value in node["inputs"].values() if isinstance(value, list))
-    assert step_of(350, 1000, 30) == 20
+    for name in ("stage_1", "stage_2"):  # said beside the file too: ComfyUI does not read a stock refiner's `v_pred`
+        schedule = nodes[nodes[f"{name}_rescale"]["inputs"]["model"][0]]
+        assert schedule["class_type"] == "ModelSamplingDiscrete"
+        assert schedule["inputs"] == {"model": [name, 0], "sampling": "v_prediction", "zsnr": True}
+
+
+@pytest.mark.parametrize("steps", [4, 20, 25, 40, 100])
+def test_the_workflows_steps_are_the_contracts_and_each_has_one_sampler(
+    pair: tuple[Path, Path], tiny_model: Path, steps: int
+) -> None:
+    stages = read_stages(pair, tiny_model, None, lambda facts: True, raw=False, dtype=None)
+    contract = stages[0].card.contract
+    scheduler = make_scheduler("euler", contract)
+    scheduler.set_timesteps(steps)
+    timesteps = comfy_timesteps(contract, steps)
+    assert timesteps == scheduler.timesteps.tolist()
+    (begin, split), (again, end) = (step_range(stage, steps) for stage in stages)
+    assert (begin, split, end) == (0, again, steps)
+    for stage in stages:
+        first, beyond = step_range(stage, steps)
+        assert all(t in stage.facts.timesteps for t in timesteps[first:beyond])
+
+
+@pytest.mark.parametrize("change", [{"beta_end": 0.02}, {"beta_schedule": "linear"}, {"prediction_type": "sample"}])
+def test_what_no_loader_would_know_is_refused(pair: tuple[Path, Path], change: dict[str, Any]) -> None:
+    contract = open_expert(pair[0]).card.contract
+    require_sayable(contract)
+    with pytest.raises(ContractError, match="--format single-file: no program knows"):
+        require_sayable(contract.model_copy(update=change))

@@ -1,0 +1,104 @@
+"""A ComfyUI workflow that draws with a bundle: a sampler for each stage, one going on where the other stops.
+
+    stages -> checkpoint_workflow -> workflow.json, as ComfyUI's API takes it; its canvas opens that too
+
+Weights are named as they lie in the bundle, and stand in ComfyUI's models/checkpoints.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from shared.contract import PairContract
+from trainer.bundle_stage import Stage
+
+WORKFLOW_FILE = "workflow.json"
+STEPS, GUIDANCE, RESCALE = 40, 7.5, 0.7  # to be changed there
+_PLACING = {"trailing": "simple", "leading": "ddim_uniform", "linspace": "normal"}  # ComfyUI's words for them
+_SAMPLING = {"epsilon": "eps", "v_prediction": "v_prediction"}
+Node = dict[str, Any]
+
+
+def checkpoint_workflow(stages: Sequence[Stage]) -> dict[str, Node]:
+    """The workflow of whole models in single files, each with its own text encoders: node by name.
+
+    The samplers' scheduler is the one that places steps as the contract says. What a UNet predicts is set by a node of
+    its own: ComfyUI reads a file's `v_pred` for SDXL's base layout, and takes every stock refiner's to predict noise.
+    """
+    pixels = 8 * int(stages[0].config()["sample_size"])
+    nodes = {"latent": _node("EmptyLatentImage", width=pixels, height=pixels, batch_size=1)}
+    latent = ["latent", 0]
+    for stage in stages:
+        name = stage.folder
+        nodes[name] = _node("CheckpointLoaderSimple", ckpt_name=f"{name}.safetensors")
+        for sign, text in (("positive", "a cat on a wall"), ("negative", "")):
+            nodes[f"{name}_{sign}"] = _prompt(stage, sign, text)
+        model = _add_schedule(nodes, stage)
+        nodes[f"{name}_sampler"] = _sampler(stage, model, latent)
+        latent = [f"{name}_sampler", 0]
+    nodes["decoded"] = _node("VAEDecode", samples=latent, vae=[stages[-1].folder, 2])
+    nodes["saved"] = _node("SaveImage", images=["decoded", 0], filename_prefix="pair")
+    return nodes
+
+
+def step_range(stage: Stage, steps: int) -> tuple[int, int]:
+    """The first of `steps` that is a stage's, and the first beyond: where its sampler starts and ends."""
+    timesteps = comfy_timesteps(stage.card.contract, steps)
+    begin, end = (sum(t >= edge for t in timesteps) for edge in (stage.facts.high, stage.facts.low))
+    return begin, end
+
+
+def comfy_timesteps(contract: PairContract, steps: int) -> list[float]:
+    """Timesteps at which ComfyUI asks a model for so many steps, highest first, as it places them for a contract."""
+    count = contract.num_timesteps
+    if contract.timestep_spacing == "trailing":
+        return [float(count - 1 - int(index * count / steps)) for index in range(steps)]
+    if contract.timestep_spacing == "leading":
+        return [float(t) for t in reversed(range(1, count, max(count // steps, 1)))]
+    return [(count - 1) * (1 - index / max(steps - 1, 1)) for index in range(steps)]
+
+
+def _add_schedule(nodes: dict[str, Node], stage: Stage) -> list[Any]:
+    """Nodes between a stage's weights and its sampler; returns where the model comes out."""
+    name, contract = stage.folder, stage.card.contract
+    nodes[f"{name}_schedule"] = _node(
+        "ModelSamplingDiscrete",
+        model=[name, 0],
+        sampling=_SAMPLING[contract.prediction_type],
+        zsnr=contract.zero_terminal_snr,
+    )
+    if not contract.zero_terminal_snr:
+        return [f"{name}_schedule", 0]
+    nodes[f"{name}_rescale"] = _node("RescaleCFG", model=[f"{name}_schedule", 0], multiplier=RESCALE)
+    return [f"{name}_rescale", 0]
+
+
+def _prompt(stage: Stage, sign: str, text: str) -> Node:
+    clip, facts = [stage.folder, 1], stage.facts
+    if facts.layout == "sdxl":
+        return _node("CLIPTextEncode", clip=clip, text=text)
+    score = facts.aesthetic_score if sign == "positive" else facts.negative_aesthetic_score
+    return _node("CLIPTextEncodeSDXLRefiner", clip=clip, text=text, ascore=score, width=1024, height=1024)
+
+
+def _sampler(stage: Stage, model: list[Any], latent: list[Any]) -> Node:
+    begin, end = step_range(stage, STEPS)
+    return _node(
+        "KSamplerAdvanced",
+        model=model,
+        positive=[f"{stage.folder}_positive", 0],
+        negative=[f"{stage.folder}_negative", 0],
+        latent_image=latent,
+        add_noise="enable" if stage.number == 1 else "disable",
+        noise_seed=0,
+        steps=STEPS,
+        cfg=GUIDANCE,
+        sampler_name="euler",  # without a history, so that two samplers are one
+        scheduler=_PLACING[stage.card.contract.timestep_spacing],
+        start_at_step=begin,
+        end_at_step=end,
+        return_with_leftover_noise="disable" if stage.number == stage.count else "enable",
+    )
+
+
+def _node(kind: str, **inputs: Any) -> Node:
+    return {"class_type": kind, "inputs": inputs}
