@@ -10,12 +10,15 @@ from typing import Any
 import torch
 
 from shared.errors import ConfigError
+from shared.model_folder import model_name
 from shared.original_layout import original_name, unet_modules
 from shared.tensor_file import LazyTensor, file_bytes, from_tensor, write_lazily
 from trainer.adapter import PREFIX
-from trainer.bundle_folder import write_scheduler
+from trainer.bundle_folder import write_json, write_scheduler
 from trainer.bundle_proof import load_with_adapter, prove
 from trainer.bundle_stage import Stage
+from trainer.comfy import WORKFLOW_FILE, lora_workflow
+from trainer.original_file import require_sayable
 
 KOHYA_PREFIX = "lora_unet_"
 _ENDS = {
@@ -30,14 +33,20 @@ def kohya_bytes(stages: Sequence[Stage], model: Path) -> int:
 
 
 def write_kohya(stages: Sequence[Stage], model: Path, out: Path) -> dict[str, str]:
-    """Write each stage's file into `out`; returns their sha256. Raises ConfigError where an expert is no LoRA."""
+    """Write each stage's file and a workflow into `out`; returns the files' sha256.
+
+    Raises ConfigError where an expert is no LoRA, ContractError where its schedule is none that loaders know of.
+    """
     _require_loras(stages)
+    require_sayable(stages[0].card.contract)
     sums = {}
     for stage in stages:
         name = f"{stage.folder}.safetensors"
         sums[name] = write_lazily(out / name, kohya_tensors(stage), kohya_metadata(stage) | stage.tags())
         (out / stage.folder).mkdir()
         write_scheduler(stage.card.contract, out / stage.folder / "scheduler")
+    base = model_name(model).rpartition("/")[2]
+    write_json(out / WORKFLOW_FILE, lora_workflow(stages, f"{base}.safetensors"))
     return sums
 
 

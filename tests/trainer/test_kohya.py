@@ -1,5 +1,6 @@
 """Adapters under kohya's names: diffusers reads back every tensor, and alpha."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,25 @@ def test_diffusers_reads_back_every_tensor(
         assert sorted(float(t.double().sum()) for t in state.values()) == sorted(
             float(t.double().sum()) for t in saved.values()
         )
+
+
+def test_its_workflow_puts_each_adapter_on_the_one_model(
+    adapters: tuple[Path, Path], tiny_model: Path, tmp_path: Path
+) -> None:
+    out = bundle(BundleRequest(adapters, tiny_model, tmp_path / "out", "kohya-lora", prove=False, device="cpu"))
+    nodes = json.loads((out / "workflow.json").read_text())
+    files = [node["inputs"]["ckpt_name"] for node in nodes.values() if node["class_type"] == "CheckpointLoaderSimple"]
+    assert files == [f"{tiny_model.name}.safetensors"]
+    for number, steps in ((1, (0, 26)), (2, (26, 40))):
+        sampler = nodes[f"stage_{number}_sampler"]["inputs"]
+        assert (sampler["start_at_step"], sampler["end_at_step"]) == steps
+        passed, place = [], sampler["model"][0]
+        while nodes[place]["class_type"] != "CheckpointLoaderSimple":
+            passed.append(nodes[place]["class_type"])
+            place, lora = nodes[place]["inputs"]["model"][0], nodes[place]["inputs"].get("lora_name")
+        assert passed == ["RescaleCFG", "ModelSamplingDiscrete", "LoraLoaderModelOnly"]
+        assert (out / lora).exists()
+        assert lora == f"stage_{number}.safetensors"
 
 
 @pytest.mark.parametrize("targets", ["attention", "*.conv1"])
