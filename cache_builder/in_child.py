@@ -55,7 +55,12 @@ def in_child(store: Path, work: Callable[[], Any]) -> Any:
 def require_readable(source: Store) -> None:
     """List every key of a store in a child first; raises StoreFormat where that cannot be done."""
     source.close_environment()
-    in_child(source.path, lambda: sum(len(page) for page in source.sizes()))
+
+    def listed() -> int:
+        source.leave_lease()  # or a child that outlives its killed parent would hold it
+        return sum(len(page) for page in source.sizes())
+
+    in_child(source.path, listed)
 
 
 def _be_child(work: Callable[[], Any], write_end: int) -> None:

@@ -13,7 +13,7 @@ POLL_S = 0.2
 
 
 class Lease:
-    """Held from construction until `release`; not inherited by child processes."""
+    """Held from construction until `release`; a forked child shares it until it calls `release`."""
 
     def __init__(self, path: Path, what: str, way_out: str, *, wait: bool = False) -> None:
         """Raises StoreLocked "`what` by pid ...; `way_out`" while another process holds it, unless `wait`."""

@@ -177,6 +177,9 @@ class _Environment:
         sync_file(folder / "data.mdb")
         sync_folder(folder)
 
+    def leave_lease(self) -> None:
+        """In a forked child: give up its share in the writer's lease, which stays with the parent."""
+
     def close_environment(self) -> None:
         """Close LMDB in this process; the next use opens it again."""
         if self._env is not None:
@@ -303,6 +306,10 @@ class StoreWriter(_Environment):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def leave_lease(self) -> None:
+        """In a forked child: give up its share in the writer's lease, which stays with the parent."""
+        self._lease.release()  # closes one of two descriptors: the lock goes with the last
 
     def _prepare(self) -> None:
         data, card = self.path / "data.mdb", self.path / "store.json"

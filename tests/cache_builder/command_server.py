@@ -46,6 +46,8 @@ def _exit_code(pid: int) -> int:
 
 
 def _start(job: dict[str, Any]) -> int:
+    for path in (job["out"], job["err"]):
+        open(path, "wb").close()  # there from the start, however early the child is killed
     pid = os.fork()
     if pid:
         return pid
