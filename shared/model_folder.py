@@ -8,6 +8,7 @@ from shared.errors import DataError
 from shared.weights import read_json_object
 
 COMPONENTS = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "unet", "scheduler")
+_SINGLE_FILES = (".safetensors", ".ckpt")
 _TEXT_SUFFIXES = (".json", ".txt")
 _MOST_README, _LONGEST = 100_000, 300  # characters that are read of a card, and kept of what it says
 
@@ -22,6 +23,11 @@ def resolve_model(model: str, components: Sequence[str] = COMPONENTS) -> Path:
         if not (folder / "model_index.json").exists():
             raise DataError(f"{folder} has no model_index.json: --model wants a model in diffusers layout, or a Hub id")
         return folder
+    if folder.suffix in _SINGLE_FILES:
+        raise DataError(
+            f"{folder} is one file, and --model wants a folder in diffusers layout: load it by diffusers' "
+            "StableDiffusionXLPipeline.from_single_file and write it with save_pretrained"
+        )
     if model.count("/") != 1 or model.startswith((".", "/", "~")):
         raise DataError(f"no model folder {folder}")
     return _fetch(model, components)

@@ -50,6 +50,12 @@ def test_a_variant_is_fetched_where_there_is_nothing_else() -> None:
     assert list(_choose(HUB, ["unet"])) == ["unet/config.json", "unet/diffusion_pytorch_model.fp16.safetensors"]
 
 
+@pytest.mark.parametrize("model", ["sd_xl_base_1.0.safetensors", "models/sd_xl_base_1.0.ckpt"])
+def test_one_file_is_told_how_to_become_a_folder(model: str) -> None:
+    with pytest.raises(DataError, match=r"is one file.*from_single_file.*save_pretrained"):
+        resolve_model(model)
+
+
 @pytest.mark.parametrize("model", ["/no/such/folder", "./nothing", "nothing", "some/deep/path"])
 def test_a_missing_folder_is_named(model: str) -> None:
     with pytest.raises(DataError, match="no model folder"):

@@ -1,16 +1,20 @@
 """The stock refiner's layout trains from a store that was built with a base model: a slice of it is all it needs."""
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from diffusers import StableDiffusionXLImg2ImgPipeline
+from safetensors.torch import load_file
 
 from demo.tiny_model import POOLED_WIDTH, TEXT_WIDTHS, write_tiny_model
 from shared.errors import ContractError
 from shared.manifest import open_manifest
 from shared.store import StoreReader
+from trainer.bundle import BundleRequest, bundle
 from trainer.checkpoint import open_expert
 from trainer.data import BatchReader
 from trainer.data_config import DataConfig
@@ -111,3 +115,26 @@ def test_it_draws_with_a_base_of_the_other_layout(
     assert mixed.std() > 0
     assert not np.array_equal(mixed, picture(pair[1], 5.0))
     assert picture(refiner_run, 1.0).std() > 0
+
+
+def test_it_is_handed_over_as_a_single_file_behind_a_base(
+    world: Any, refiner_run: Path, refiner_model: Path, pair: tuple[Path, Path], tmp_path: Path
+) -> None:
+    out = bundle(BundleRequest((pair[0], refiner_run), world.model, tmp_path / "out", "single-file", device="cpu"))
+    stored = load_file(out / "stage_2.safetensors")
+    assert {name.split(".")[0] for name in stored} == {"model", "first_stage_model", "conditioner", "v_pred", "ztsnr"}
+    assert not any(name.startswith("conditioner.embedders.1.") for name in stored)
+    loaded = StableDiffusionXLImg2ImgPipeline.from_single_file(
+        str(out / "stage_2.safetensors"), config=str(out / "stage_2"), local_files_only=True
+    )
+    tower = {name.removeprefix("text_model."): t for name, t in loaded.text_encoder_2.state_dict().items()}
+    known = load_file(refiner_model / "text_encoder_2" / "model.safetensors")
+    assert tower.keys() == {name.removeprefix("text_model.") for name in known}
+    assert all(torch.equal(tower[name.removeprefix("text_model.")], tensor) for name, tensor in known.items())
+    checkpoint = open_expert(refiner_run)
+    saved = checkpoint.weights(checkpoint.weights_folder().name)
+    assert loaded.unet.state_dict().keys() == saved.keys()
+    assert all(torch.equal(loaded.unet.state_dict()[name], tensor) for name, tensor in saved.items())
+    nodes = json.loads((out / "workflow.json").read_text())
+    scores = [nodes[f"stage_2_{sign}"]["inputs"]["ascore"] for sign in ("positive", "negative")]
+    assert scores == [checkpoint.card.facts.aesthetic_score, checkpoint.card.facts.negative_aesthetic_score]
