@@ -23,6 +23,7 @@ from trainer.bundle_card import bundle_card, stage_card
 from trainer.bundle_folder import folders_bytes, write_folders, write_json, write_text
 from trainer.bundle_proof import prove_folders
 from trainer.bundle_stage import Stage, read_stages
+from trainer.kohya import kohya_bytes, prove_kohya, write_kohya
 from trainer.original_file import files_bytes, prove_files, write_files
 
 PAIR_FORMAT = 1
@@ -59,6 +60,7 @@ class _Writer:
 FORMS: dict[str, _Writer] = {
     "diffusers": _Writer(lambda facts, merge: merge, folders_bytes, write_folders, prove_folders),
     "single-file": _Writer(lambda facts, merge: True, files_bytes, write_files, prove_files),
+    "kohya-lora": _Writer(lambda facts, merge: False, kohya_bytes, write_kohya, prove_kohya),
 }
 
 

@@ -66,7 +66,12 @@ def _load(stage: Stage, form: str) -> list[str]:
     if form == "single-file":
         lines = [f'{name} = {kind}.from_single_file(f"{{BUNDLE}}/{name}.safetensors", config={folder})']
     if stage.is_adapter:
-        lines.append(f'{name}.load_lora_weights({folder}, weight_name="{ADAPTER_FILE}")')
+        where = (
+            'BUNDLE, weight_name="' + f'{name}.safetensors"'
+            if form == "kohya-lora"
+            else f'{folder}, weight_name="{ADAPTER_FILE}"'
+        )
+        lines.append(f"{name}.load_lora_weights({where})")
     lines.append(
         f"{name}.scheduler = UniPCMultistepScheduler.from_pretrained({folder}, subfolder=\"scheduler\")"
     )  # fmt: skip

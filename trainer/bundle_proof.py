@@ -63,16 +63,25 @@ def prove(stages: Sequence[Stage], device_name: str, load: Any) -> list[str]:
 
 def load_pipeline(folder: Path, stage: Stage, model: Path, dtype: torch.dtype) -> Any:
     """A stage of a bundle in diffusers' form, as its card says to load it."""
-    from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline, UniPCMultistepScheduler
+    from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline
 
     kind = StableDiffusionXLPipeline if stage.number == 1 else StableDiffusionXLImg2ImgPipeline
     with quiet():
         if not stage.is_adapter:
             return kind.from_pretrained(folder / stage.folder, use_safetensors=True, dtype=dtype)
-        scheduler = UniPCMultistepScheduler.from_pretrained(folder / stage.folder, subfolder="scheduler")
+    return load_with_adapter(stage, model, dtype, folder / stage.folder, folder / stage.folder / ADAPTER_FILE)
+
+
+def load_with_adapter(stage: Stage, model: Path, dtype: torch.dtype, folder: Path, file: Path) -> Any:
+    """A stage's pipeline on the model that its adapter stands on: its scheduler of `folder`, itself of `file`."""
+    from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline, UniPCMultistepScheduler
+
+    kind = StableDiffusionXLPipeline if stage.number == 1 else StableDiffusionXLImg2ImgPipeline
+    with quiet():
+        scheduler = UniPCMultistepScheduler.from_pretrained(folder, subfolder="scheduler")
         unet = load_unet(stage.unet, torch.device("cpu"), dtype)
         pipeline = kind.from_pretrained(model, unet=unet, scheduler=scheduler, use_safetensors=True, dtype=dtype)
-        pipeline.load_lora_weights(folder / stage.folder, weight_name=ADAPTER_FILE)
+        pipeline.load_lora_weights(file.parent, weight_name=file.name)
         return pipeline
 
 

@@ -90,6 +90,11 @@ EvalHeldOut = Annotated[
 ]
 Clip = Annotated[str | None, typer.Option(help="CLIP that scores the prompts' pictures: a folder or a Hub id.")]
 EvalGuidance = Annotated[float, typer.Option("--guidance", min=0, help="Weight of the prompt; 1 or less: without.")]
+Watch = Annotated[bool, typer.Option("--watch", help="Follow run folders while they train, round after round.")]
+MaxShare = Annotated[float, typer.Option(min=0.001, max=1, help="With --watch: at most this share of the time.")]
+Tracker = Annotated[
+    list[str] | None, typer.Option(help="With --watch: curves in tensorboard, wandb or trackio too, of OUT.")
+]
 EvalSeed = Annotated[int, typer.Option("--seed", min=0, max=2**62, help="Of every picture.")]
 
 
@@ -245,6 +250,9 @@ def _evaluate_experts(
     guidance_rescale: Rescale = None,
     scheduler: Scheduler = "unipc",
     seed: EvalSeed = 0,
+    watch: Watch = False,
+    max_share: MaxShare = 0.2,
+    tracker: Tracker = None,
     precision: Precision = "auto",
     device: Device = "auto",
     base: Base = None,
@@ -277,6 +285,11 @@ def _evaluate_experts(
         base=base,
         pictures=wish,
     )
+    if watch:
+        from trainer.watch import watch as follow
+
+        typer.echo(str(follow(request, max_share, tracker or ())))
+        return
     typer.echo(str(evaluate(request)))
 
 

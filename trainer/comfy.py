@@ -1,8 +1,8 @@
 """A ComfyUI workflow that draws with a bundle: a sampler for each stage, one going on where the other stops.
 
-    stages -> checkpoint_workflow -> workflow.json, as ComfyUI's API takes it; its canvas opens that too
+    stages -> checkpoint_workflow, lora_workflow -> workflow.json, as ComfyUI's API takes it; its canvas opens that too
 
-Weights are named as they lie in the bundle, and stand in ComfyUI's models/checkpoints.
+Weights are named as they lie in the bundle, and stand in ComfyUI's models/checkpoints or models/loras.
 """
 
 from collections.abc import Sequence
@@ -24,20 +24,18 @@ def checkpoint_workflow(stages: Sequence[Stage]) -> dict[str, Node]:
     The samplers' scheduler is the one that places steps as the contract says. What a UNet predicts is set by a node of
     its own: ComfyUI reads a file's `v_pred` for SDXL's base layout, and takes every stock refiner's to predict noise.
     """
-    pixels = 8 * int(stages[0].config()["sample_size"])
-    nodes = {"latent": _node("EmptyLatentImage", width=pixels, height=pixels, batch_size=1)}
-    latent = ["latent", 0]
+    nodes = {stage.folder: _node("CheckpointLoaderSimple", ckpt_name=f"{stage.folder}.safetensors") for stage in stages}
+    return _drawn(nodes, stages, [stage.folder for stage in stages])
+
+
+def lora_workflow(stages: Sequence[Stage], base: str) -> dict[str, Node]:
+    """The workflow of adapters on the checkpoint whose file is called `base`, loaded once: node by name."""
+    nodes = {"base": _node("CheckpointLoaderSimple", ckpt_name=base)}
     for stage in stages:
-        name = stage.folder
-        nodes[name] = _node("CheckpointLoaderSimple", ckpt_name=f"{name}.safetensors")
-        for sign, text in (("positive", "a cat on a wall"), ("negative", "")):
-            nodes[f"{name}_{sign}"] = _prompt(stage, sign, text)
-        model = _add_schedule(nodes, stage)
-        nodes[f"{name}_sampler"] = _sampler(stage, model, latent)
-        latent = [f"{name}_sampler", 0]
-    nodes["decoded"] = _node("VAEDecode", samples=latent, vae=[stages[-1].folder, 2])
-    nodes["saved"] = _node("SaveImage", images=["decoded", 0], filename_prefix="pair")
-    return nodes
+        nodes[stage.folder] = _node(
+            "LoraLoaderModelOnly", model=["base", 0], lora_name=f"{stage.folder}.safetensors", strength_model=1.0
+        )
+    return _drawn(nodes, stages, ["base" for _ in stages])
 
 
 def step_range(stage: Stage, steps: int) -> tuple[int, int]:
@@ -57,6 +55,22 @@ def comfy_timesteps(contract: PairContract, steps: int) -> list[float]:
     return [(count - 1) * (1 - index / max(steps - 1, 1)) for index in range(steps)]
 
 
+def _drawn(nodes: dict[str, Node], stages: Sequence[Stage], files: Sequence[str]) -> dict[str, Node]:
+    """`nodes`, and what draws with them; `files` are those that give each stage its text encoders and VAE."""
+    pixels = 8 * int(stages[0].config()["sample_size"])
+    nodes["latent"] = _node("EmptyLatentImage", width=pixels, height=pixels, batch_size=1)
+    latent = ["latent", 0]
+    for stage, file in zip(stages, files, strict=True):
+        for sign, text in (("positive", "a cat on a wall"), ("negative", "")):
+            nodes[f"{stage.folder}_{sign}"] = _prompt(stage, file, sign, text)
+        model = _add_schedule(nodes, stage)
+        nodes[f"{stage.folder}_sampler"] = _sampler(stage, model, latent)
+        latent = [f"{stage.folder}_sampler", 0]
+    nodes["decoded"] = _node("VAEDecode", samples=latent, vae=[files[-1], 2])
+    nodes["saved"] = _node("SaveImage", images=["decoded", 0], filename_prefix="pair")
+    return nodes
+
+
 def _add_schedule(nodes: dict[str, Node], stage: Stage) -> list[Any]:
     """Nodes between a stage's weights and its sampler; returns where the model comes out."""
     name, contract = stage.folder, stage.card.contract
@@ -72,8 +86,8 @@ def _add_schedule(nodes: dict[str, Node], stage: Stage) -> list[Any]:
     return [f"{name}_rescale", 0]
 
 
-def _prompt(stage: Stage, sign: str, text: str) -> Node:
-    clip, facts = [stage.folder, 1], stage.facts
+def _prompt(stage: Stage, file: str, sign: str, text: str) -> Node:
+    clip, facts = [file, 1], stage.facts
     if facts.layout == "sdxl":
         return _node("CLIPTextEncode", clip=clip, text=text)
     score = facts.aesthetic_score if sign == "positive" else facts.negative_aesthetic_score

@@ -7,9 +7,10 @@ A process of its own: it reads the store and the run folders, and writes nothing
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -37,6 +38,9 @@ from trainer.report import (
     write_report,
 )
 from trainer.report_page import report_page
+
+Given = TypeVar("Given")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -97,21 +101,25 @@ def judge(
     states: Sequence[JudgedExpert],
     device: torch.device,
     number: int,
+    check: Callable[[], None] = lambda: None,
 ) -> Round:
-    """One round: everybody's losses, what follows from them for every way to fill the parts, and pictures of each."""
+    """One round: everybody's losses, what follows from them for every way to fill the parts, and pictures of each.
+
+    `check` is called between batches; what it raises ends the round.
+    """
     began_s = time.perf_counter()
     total = sum(stretches(line, request.draws).values()) * len(line.candidates)
     with progress("eval loss", total, "draws") as advance:
         losses = measure(
             line,
             bench.samples,
-            bench.read,
+            _checked(bench.read, check),
             draws=request.draws,
             batch=request.batch,
             device=device,
             advance=advance,
         )
-    drawn = _draw(gallery, line, number)
+    drawn = _draw(gallery, line, number, check)
     return Round(
         number=number,
         at=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -155,11 +163,19 @@ def stretch_loss(name: str, within: TimestepRange, one: EvalLoss) -> StretchLoss
     )
 
 
-def _draw(gallery: Gallery | None, line: LineUp, number: int) -> Drawn:
+def _checked(act: Callable[[Given], Result], check: Callable[[], None]) -> Callable[[Given], Result]:
+    def checked(given: Given) -> Result:
+        check()
+        return act(given)
+
+    return checked
+
+
+def _draw(gallery: Gallery | None, line: LineUp, number: int, check: Callable[[], None]) -> Drawn:
     if gallery is None:
         return Drawn([Pictures([], []) for _ in line.choices()], [], None, [])
     with progress("pictures", gallery.count(line), "images") as advance:
-        return draw_round(gallery, line, number, advance)
+        return draw_round(gallery, line, number, _checked(advance, check))
 
 
 def _choice(choice: Sequence[Candidate], line: LineUp, losses: Losses, drawn: Pictures) -> Choice:

@@ -85,12 +85,12 @@ def require_sayable(contract: PairContract) -> None:
     """Raise ContractError where a file of this layout cannot say what its UNet predicts, or on which schedule."""
     if contract.prediction_type not in _MODELSPEC_PREDICTION:
         raise ContractError(
-            f"--format single-file: no program knows from a file that it predicts {contract.prediction_type!r}"
+            f"no program knows from a file that it predicts {contract.prediction_type!r}; use --format diffusers"
         )
     own = (contract.beta_schedule, contract.beta_start, contract.beta_end, contract.num_timesteps)
     if own != _SCHEDULE:
         raise ContractError(
-            f"--format single-file: no program knows from a file of betas {' '.join(map(str, own))}, and all would "
+            f"no program knows from a file of betas {' '.join(map(str, own))}, and all would "
             f"take {' '.join(map(str, _SCHEDULE))}; use --format diffusers"
         )
 

@@ -4,7 +4,7 @@ Names, captions and prompts are other people's text: every one of them is escape
 """
 
 import html
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from trainer.lineup import START
 from trainer.page_pictures import STYLE as PICTURE_STYLE
 from trainer.page_pictures import choice_name, pictures_of
 from trainer.plot import Line, line_plot, shown
-from trainer.report import JudgedExpert, Report, Round, StretchLoss
+from trainer.report import Choice, JudgedExpert, Report, Round, StretchLoss
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; padding: 0 1rem; color: #222; }
@@ -210,13 +210,23 @@ def _sweep(newest: Round) -> list[str]:
 def _over_rounds(report: Report) -> list[str]:
     if len(report.rounds) < 2:
         return []
+    return [
+        "<h2>Round by round</h2>",
+        _curves(report, "Eval loss by step", "eval loss", lambda choice: choice.loss),
+        _curves(report, "CLIP score by step", "CLIP score", lambda choice: choice.clip),
+    ]
+
+
+def _curves(report: Report, title: str, what: str, value_of: Callable[[Choice], float | None]) -> str:
+    """A number of each choice over the optimizer steps that both experts have done together."""
     lines: dict[str, list[tuple[float, float]]] = {}
     for one in report.rounds:
+        steps = float(sum(expert.step or 0 for expert in one.experts))
         for choice in one.choices:
-            if choice.loss is not None:
-                lines.setdefault(choice_name(choice), []).append((float(one.number), choice.loss))
+            if (value := value_of(choice)) is not None:
+                lines.setdefault(choice_name(choice), []).append((steps, value))
     curves = [Line(name, points, colour) for colour, (name, points) in enumerate(lines.items())]
-    return ["<h2>Round by round</h2>", line_plot("Eval loss by round", curves, "round", "eval loss")]
+    return line_plot(title, curves, "steps of all experts together", what)
 
 
 def _names(newest: Round) -> list[str]:

@@ -1,8 +1,8 @@
 """The other processes of the trainer's tests: a command line in a process of its own, one thread, warnings are errors.
 
 Run by runpy in a process forked from a server that has torch and diffusers imported already, which saves seconds each
-time. The globals it is given are COMMAND ("train-expert" or "cache-build"), ARGUMENTS, STDERR, a file's path, and
-ENVIRONMENT.
+time. The globals it is given are COMMAND ("train-expert", "evaluate-experts" or "cache-build"), ARGUMENTS, STDERR, a
+file's path, and ENVIRONMENT.
 """
 
 import os
@@ -20,9 +20,9 @@ def _command(name: str) -> Any:
         from cache_builder.cli import _cache_build
 
         return _cache_build
-    from trainer.cli import _train_expert
+    from trainer.cli import _evaluate_experts, _train_expert
 
-    return _train_expert
+    return _evaluate_experts if name == "evaluate-experts" else _train_expert
 
 
 given: dict[str, Any] = globals()
