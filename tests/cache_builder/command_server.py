@@ -9,6 +9,7 @@ import importlib
 import json
 import os
 import resource
+import signal
 import sys
 import traceback
 from typing import Any
@@ -53,6 +54,7 @@ def _start(job: dict[str, Any]) -> int:
         return pid
     code = 1
     try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets its background jobs ignore it
         _become(job)
         from cache_builder import cli
 

@@ -120,15 +120,11 @@ def test_kills_lose_nothing_and_the_next_build_goes_on(
 def test_an_interrupt_is_one_line_and_loses_nothing(
     tmp_path: Path, undisturbed: Undisturbed, tiny_model: Path, commands: Any
 ) -> None:
-    everything = undisturbed.latents | undisturbed.texts
-    for attempt in range(10):
-        store = tmp_path / f"store{attempt}"
-        running = commands.start_build(undisturbed.folder, store, tiny_model, *ONE_BY_ONE)
-        wait_until(lambda begun=running: "VAE" in begun.err.read_text(), running)
-        os.kill(running.pid, signal.SIGINT)
-        done = running.finish()
-        if done.code != 0:  # on a busy machine a build may be over before it is interrupted
-            break
+    store, everything = tmp_path / "store", undisturbed.latents | undisturbed.texts
+    running = commands.start_build(undisturbed.folder, store, tiny_model, *ONE_BY_ONE)
+    wait_until(lambda: "VAE" in running.err.read_text(), running)
+    os.kill(running.pid, signal.SIGINT)
+    done = running.finish()
     assert done.code == 75
     assert done.out == ""
     assert done.errors == ["stopped: interrupted; what was stored or saved stays, and the same command goes on"]
