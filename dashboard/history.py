@@ -13,7 +13,7 @@ import numpy as np
 
 from dashboard.tail import Event, number
 
-COLUMNS = 500  # points of a curve that is drawn
+COLUMNS = 240  # points of a curve that is drawn
 RECENT = 100  # log points that the losses by timestep are the means of
 KEPT_EVENTS = 200
 RATE_POINTS = 40  # log points that the speed of now is taken over

@@ -1,6 +1,6 @@
 // Parts of the page. Whatever comes from files (captions, names, reasons) becomes text, never markup.
 
-import { bytes, clock, digits, duration, several, size, whole } from "./words.js";
+import { bytes, capital, clock, digits, duration, several, size, whole } from "./words.js";
 
 export function el(tag, attributes = {}, ...inside) {
   const made = document.createElement(tag);
@@ -52,7 +52,7 @@ export function buildCard({ store, service }) {
     return card("Build", "no service", el("p", {}, `The service is not running${when}.`), writing, trouble, list);
   }
   if (service.state !== "building") {
-    const changed = service.state === "quiet" && service.changed ? `${several(service.changed, "path has", "paths have")} changed; it builds when they have come to rest.` : "Watching for changes.";
+    const changed = service.state === "quiet" && service.changed ? `${several(service.changed, "path has", "paths have")} changed; it builds when they have come to rest.` : capital(service.phase ?? "watching for changes.");
     return card("Build", service.state === "quiet" ? "changes seen" : "up to date", el("p", {}, changed), trouble, list);
   }
   const rate = service.images_per_s;
@@ -60,7 +60,7 @@ export function buildCard({ store, service }) {
   return card(
     "Build",
     "building",
-    el("p", {}, service.total ? `${service.phase ?? "Working"}: ${whole(service.done)} of ${whole(service.total)}` : service.phase ?? "Starting"),
+    el("p", {}, capital(service.phase ?? "starting") + (service.total ? `: ${whole(service.done)} of ${whole(service.total)}` : "")),
     bar(service.done, service.total, "build"),
     facts([["Speed", rate ? `${digits(rate)} pictures/s` : null], ["Time left", left], ["Set aside", whole(service.quarantined ?? 0)]]),
     trouble,

@@ -26,6 +26,12 @@ function axes(xLabel, format, extra = {}) {
   return [{ ...ink, label: xLabel, labelSize: 18, labelFont: "12px system-ui, sans-serif", size: 34, ...extra }, y];
 }
 
+// What stands before a name: the colour of its line or bar.
+function swatch(series) {
+  const paint = (name) => (typeof series[name] === "function" ? series[name]() : series[name]);
+  return paint("stroke") ?? paint("fill");
+}
+
 // Show `data` in the plot `name`; it is made anew only where what stands in it (`shape`) has changed.
 function show(name, shape, data, options) {
   const kept = plots.get(name) ?? {};
@@ -40,7 +46,7 @@ function show(name, shape, data, options) {
   kept.shape = shape;
   const hidden = options.hidden ?? [];
   const height = options.height ?? 240;
-  const made = { width: Math.max(200, box.clientWidth), height, ...options.make(), legend: { live: true, ...options.legend } };
+  const made = { width: Math.max(200, box.clientWidth), height, ...options.make(), legend: { live: true, markers: { width: 0, fill: (u, at) => swatch(u.series[at]) } } };
   kept.plot = new uPlot(made, data, box);
   kept.plot.root.querySelectorAll(".u-series").forEach((row, at) => row.classList.toggle("unlisted", hidden.includes(at)));
   kept.watch ??= new ResizeObserver(() => {
@@ -100,13 +106,13 @@ export function lossPlot(runs) {
     if (run.curves.step?.length) {
       const first = series.length + 1;
       tables.push([run.curves.step, run.curves.loss_high, run.curves.loss_low, run.curves.loss]);
-      series.push({ at, label: `${run.name} highest`, width: 0 }, { at, label: `${run.name} lowest`, width: 0 }, { at, label: run.name, width: 1.5 });
+      series.push({ at, label: `${run.name} highest`, width: 0 }, { at, label: `${run.name} lowest`, width: 0 }, { at, label: run.name, width: 1.2 });
       hidden.push(first, first + 1);
       bands.push({ series: [first, first + 1], at });
     }
     if (run.evals.step?.length) {
       tables.push([run.evals.step, run.evals.loss]);
-      series.push({ at, label: `${run.name} held out`, width: 1, isDots: true });
+      series.push({ at, label: `${run.name} held out`, width: 2, isDots: true });
     }
   });
   const isLog = isWide(tables.flatMap((table) => table.slice(1)));
@@ -118,7 +124,7 @@ export function lossPlot(runs) {
       scales: { x: { time: false }, y: { distr: isLog ? 3 : 1 } },
       axes: axes("step", digits),
       bands: bands.map((band) => ({ series: band.series, fill: clear(colourOf(band.at), 0.18) })),
-      series: [step, ...series.map((one) => ({ label: one.label, stroke: colourOf(one.at), width: one.width, value, points: one.isDots ? { show: true, size: 5, fill: colourOf(one.at) } : { show: false }, dash: one.isDots ? [2, 4] : null }))],
+      series: [step, ...series.map((one) => ({ label: one.label, stroke: colourOf(one.at), width: one.width, value, points: one.isDots ? { show: true, size: 6, fill: colourOf(one.at) } : { show: false }, dash: one.isDots ? [6, 4] : null }))],
     }),
   });
 }

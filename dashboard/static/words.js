@@ -1,11 +1,11 @@
 // Numbers as people read them.
 
-export const whole = (value) => (value == null ? "?" : Math.round(value).toLocaleString("en"));
+export const whole = (value) => (value == null ? "–" : Math.round(value).toLocaleString("en"));
 
 export function digits(value) {
   if (value == null) return "–";
   const size = Math.abs(value);
-  return size !== 0 && (size < 1e-3 || size >= 1e5) ? value.toExponential(2) : String(Number(value.toPrecision(4)));
+  return size !== 0 && (size < 1e-3 || size >= 1e5) ? value.toExponential(2).replace(/\.?0+e/, "e") : String(Number(value.toPrecision(4)));
 }
 
 export function bytes(value) {
@@ -33,6 +33,8 @@ export function clock(seconds) {
   const isToday = at.toDateString() === new Date().toDateString();
   return isToday ? time : `${at.toLocaleDateString([], { month: "short", day: "numeric" })} ${time}`;
 }
+
+export const capital = (text) => text.charAt(0).toUpperCase() + text.slice(1);
 
 export const size = ([height, width]) => `${height} × ${width}`;
 
