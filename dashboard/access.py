@@ -7,6 +7,7 @@ with another Host are refused. A token comes in a header, or once as ?token= and
 import hashlib
 import hmac
 import ipaddress
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from shared.errors import ConfigError
 LOOPBACK_NAMES = frozenset({"127.0.0.1", "localhost", "::1"})
 LEAST_TOKEN = 16  # characters
 COOKIE = "sdxl_experts_page"
+_HOST = re.compile(r"(\[(?P<six>[0-9A-Fa-f:.]+)\]|(?P<name>[A-Za-z0-9._-]+))(:[0-9]{1,5})?")
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,8 @@ class Access:
 
     def allows_host(self, host: str) -> bool:
         """Whether a Host header, with or without a port, is one of ours."""
-        return _without_port(host).lower() in self.names
+        found = _HOST.fullmatch(host)
+        return found is not None and (found["six"] or found["name"]).lower() in self.names
 
     def is_token(self, shown: str) -> bool:
         """Whether `shown` is the token, compared in constant time."""
@@ -51,7 +54,7 @@ def choose_access(host: str, token_file: Path | None, allowed: Sequence[str]) ->
             "(a line of 16 characters or more, such as openssl rand -hex 16 prints)"
         )
     own = set() if host in ("0.0.0.0", "::") else {host.lower()}
-    return Access(frozenset(LOOPBACK_NAMES | own | {_without_port(name).lower() for name in allowed}), token)
+    return Access(frozenset(LOOPBACK_NAMES | own | {name.strip("[]").lower() for name in allowed}), token)
 
 
 def is_loopback(host: str) -> bool:
@@ -71,9 +74,3 @@ def _read_token(file: Path) -> str:
     if len(token) < LEAST_TOKEN or not token.isascii() or not token.isprintable():
         raise ConfigError(f"--token-file {file}: a token is one line of {LEAST_TOKEN} or more printable characters")
     return token
-
-
-def _without_port(host: str) -> str:
-    if host.startswith("["):  # [::1]:8765
-        return host[1:].partition("]")[0]
-    return host.rpartition(":")[0] if host.count(":") == 1 else host

@@ -29,11 +29,12 @@ def _cache_dashboard(
 ) -> None:
     """Show a store, its build and the experts that train from it as a web page; it only reads."""
     from dashboard.access import choose_access
+
+    access = choose_access(host, token_file, allowed_host or [])  # refused in a blink
     from dashboard.app import make_app
     from dashboard.server import serve
     from dashboard.watched import Watched
 
-    access = choose_access(host, token_file, allowed_host or [])
     watched = Watched(store, tuple(run or ()), runs_under, tuple(source or ()))
     serve(make_app(watched, access), watched, host, port)
 

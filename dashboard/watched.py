@@ -33,13 +33,13 @@ class Kept:
     """An answer that is made anew when it is older than KEPT_S; who asks meanwhile waits for the one that makes it."""
 
     def __init__(self, make: Callable[[], Json], kept_s: float = KEPT_S) -> None:
-        self._make, self._kept_s = make, kept_s
+        self._make, self.kept_s = make, kept_s
         self._making = threading.Lock()
         self._made_s, self._answer = -1e9, Json()
 
     def fresh(self) -> Json | None:
         """The answer, if it need not be made."""
-        return self._answer if time.monotonic() - self._made_s < self._kept_s else None
+        return self._answer if time.monotonic() - self._made_s < self.kept_s else None
 
     def __call__(self) -> Json:
         """The answer, made if need be."""
@@ -60,6 +60,7 @@ class Watched:
         self._named, self._under = runs, under
         self._runs: dict[Path, WatchedRun] = {}
         self._evaluations: dict[Path, WatchedEvaluation] = {}
+        self.look_s = LOOK_S
         self._looked_s = -1e9
         self._looking = threading.Lock()
         self.status = Kept(self._status)
@@ -85,7 +86,7 @@ class Watched:
 
     def _look(self) -> tuple[list[WatchedRun], list[WatchedEvaluation]]:
         with self._looking:
-            if time.monotonic() - self._looked_s > LOOK_S:
+            if time.monotonic() - self._looked_s >= self.look_s:
                 runs, evaluations = find_folders(self._named, self._under)
                 self._runs = {path: self._runs.get(path) or WatchedRun(path) for path in runs}
                 known = self._evaluations
@@ -111,7 +112,8 @@ class Watched:
         for run in runs:
             run.read(until_s)
             told += run.told()
-        told.sort(key=lambda event: float(event["time_s"]), reverse=True)
+        told.reverse()  # of one moment, what was written later comes first
+        told.sort(key=lambda event: -float(event["time_s"]))
         return {"events": told[:MOST_EVENTS]}
 
 
