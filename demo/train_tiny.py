@@ -124,7 +124,20 @@ def make_store(out: Path, device: str) -> None:
 
 def _draw(folder: Path, count: int, seed: int, sizes_hw: Sequence[Size]) -> None:
     sizes = [part for h, w in sizes_hw for part in ("--size", f"{h}x{w}")]
-    run([sys.executable, "-m", "demo.shapes", str(folder), "--count", str(count), "--seed", str(seed), "--metadata", *sizes])
+    run(
+        [
+            sys.executable,
+            "-m",
+            "demo.shapes",
+            str(folder),
+            "--count",
+            str(count),
+            "--seed",
+            str(seed),
+            "--metadata",
+            *sizes,
+        ]
+    )
 
 
 def make_unet(out: Path, device: str) -> None:
