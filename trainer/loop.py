@@ -15,6 +15,7 @@ from torch import Tensor
 from shared.conditioning import PromptEmbeds
 from shared.errors import DataError, Stopped
 from shared.progress import progress, say
+from shared.stopping import stop_requests
 from shared.store import StoreReader
 from trainer.advice import objective_advice
 from trainer.checkpoint import TrainingState, save_checkpoint
@@ -33,7 +34,6 @@ from trainer.processes import joined
 from trainer.run import Request, Run, make_order, open_run_together
 from trainer.sampler import own_micro_batches
 from trainer.saving import SaveTurns, surviving_a_full_disk
-from trainer.stopping import stop_requests
 from trainer.trackers import Curves
 from trainer.trained import export_of, kept_weights, load_trained, restore_average, seed_layers
 from trainer.unet import ConditionedUnet
