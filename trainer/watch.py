@@ -20,6 +20,7 @@ import torch
 from shared.device import choose_device
 from shared.errors import CheckpointError, ConfigError, ExpertsError, Stopped
 from shared.progress import say
+from shared.stopping import StopRequest, stop_requests
 from shared.store import StoreReader
 from trainer.bench import Bench, open_bench
 from trainer.checkpoint import Checkpoint, newest_checkpoint
@@ -29,7 +30,6 @@ from trainer.lineup import LineUp, line_up
 from trainer.report import JudgedExpert, Report, Round, read_report, write_report
 from trainer.report_page import report_page
 from trainer.rotation import list_checkpoints
-from trainer.stopping import StopRequest, stop_requests
 from trainer.trackers import Curves
 
 PAUSE_S = 2.0  # between two looks
