@@ -60,7 +60,7 @@ def test_it_says_where_it_is_and_goes_when_asked(world: Any, tmp_path: Path) -> 
         assert (card["pid"], card["host"]) == (process.pid, "127.0.0.1")
         assert card["port"] == int(address.rstrip("/").rpartition(":")[2])
         assert card["created_s"] == pytest.approx(psutil.Process(process.pid).create_time(), abs=1)
-        assert psutil.Process(process.pid).nice() == 10
+        assert psutil.Process(process.pid).nice() == min(19, psutil.Process().nice() + 10)
         loaded = [Path(mapped.path).name for mapped in psutil.Process(process.pid).memory_maps()]
         assert any("lmdb" in name or name.startswith("cpython") for name in loaded)
         assert not [name for name in loaded if "torch" in name]
