@@ -76,7 +76,7 @@ def paints(address: str) -> dict[str, float] | None:
         return None
     visits: list[dict[str, float]] = []
     with sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
         for _ in range(5):
             context = browser.new_context(viewport={"width": 1280, "height": 900})
             context.add_init_script(WATCH)

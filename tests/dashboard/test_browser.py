@@ -23,7 +23,7 @@ from tests.pictures import write_shapes
 pytestmark = pytest.mark.slow
 playwright = pytest.importorskip("playwright.sync_api")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-PATIENCE_MS = 60_000
+PATIENCE_MS = 180_000
 MARKUP = [
     "<script>window.hit = 1</script>", "<img src=x onerror='window.hit = 1'>", "<svg onload='window.hit = 1'>",
     "<iframe src='javascript:parent.hit = 1'></iframe>", "\"><script>window.hit = 1</script>",
@@ -49,7 +49,7 @@ def browser() -> Iterator[Any]:
     if CHROMIUM is None:
         pytest.skip("no chromium")
     with playwright.sync_playwright() as driver:
-        made = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        made = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
         yield made
         made.close()
 
@@ -63,8 +63,8 @@ def visit(browser: Any, address: str, **options: Any) -> Iterator[Any]:
     opened.on("pageerror", lambda error: wrong.append(str(error)))
     opened.on("request", lambda asked: asked.url.startswith(address) or wrong.append(asked.url))
     opened.on("console", lambda said: "Content Security" in said.text and wrong.append(said.text))
-    opened.goto(address)
-    opened.wait_for_function("document.body.dataset.ready")
+    opened.goto(address, wait_until="commit")
+    opened.wait_for_selector("body[data-ready]")
     yield opened
     context.close()
     assert wrong == []
