@@ -81,8 +81,11 @@ def paints(address: str) -> dict[str, float] | None:
             context = browser.new_context(viewport={"width": 1280, "height": 900})
             context.add_init_script(WATCH)
             tab = context.new_page()
-            tab.goto(address)
-            tab.wait_for_function("window.seen.drawn && performance.getEntriesByName('first-contentful-paint').length")
+            tab.set_default_timeout(120_000)
+            tab.goto(address, wait_until="commit")
+            tab.wait_for_function(
+                "() => window.seen.drawn && performance.getEntriesByName('first-contentful-paint').length"
+            )
             paint_ms = tab.evaluate("performance.getEntriesByName('first-contentful-paint')[0].startTime")
             seen = tab.evaluate("window.seen")
             visits.append(

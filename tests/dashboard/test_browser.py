@@ -87,7 +87,7 @@ def test_what_it_says_while_a_build_and_two_trainers_run(browser: Any, tiny_mode
             stack.callback(trainer.wait)
             stack.callback(trainer.kill)
         with visit(browser, address, viewport={"width": 1280, "height": 900}) as seen:
-            seen.wait_for_function("document.querySelectorAll('#now .state.training').length === 2")
+            seen.wait_for_function("() => document.querySelectorAll('#now .state.training').length === 2")
             seen.wait_for_selector("[data-plot=timesteps] canvas")
             again = command(*build)
             stack.callback(again.kill)
@@ -101,7 +101,7 @@ def test_what_it_says_while_a_build_and_two_trainers_run(browser: Any, tiny_mode
                 assert before[name] - 200 <= step <= last_step(runs / name)
                 assert "of 100,000" in card.inner_text()
             assert again.wait(600) == 0
-            seen.wait_for_function("document.querySelector('.tile b').textContent === '96'")
+            seen.wait_for_function("() => document.querySelector('.tile b').textContent === '96'")
             with StoreReader(store) as reader:
                 count = reader.count()
             manifest = open_manifest(store, "main")
@@ -114,10 +114,10 @@ def test_what_it_says_while_a_build_and_two_trainers_run(browser: Any, tiny_mode
             assert seen.locator("#manifests li").count() == 2
             seen.locator("#gallery").scroll_into_view_if_needed()
             seen.wait_for_function(
-                "[...document.querySelectorAll('.sample img')].filter((i) => i.naturalWidth).length >= 4"
+                "() => [...document.querySelectorAll('.sample img')].filter((i) => i.naturalWidth).length >= 4"
             )
             seen.get_by_role("button", name="Next").click()
-            seen.wait_for_function("document.querySelector('#gallery output').textContent.startsWith('2 of')")
+            seen.wait_for_function("() => document.querySelector('#gallery output').textContent.startsWith('2 of')")
 
 
 def last_step(run: Path) -> int:
@@ -190,7 +190,9 @@ def test_30_captions_with_markup_stay_text(browser: Any, tmp_path: Path) -> None
         seen.wait_for_selector("#events li")
         seen.wait_for_selector(".drawn")
         for number in (1, 2):
-            seen.wait_for_function(f"document.querySelector('#gallery output').textContent.startsWith('{number} of')")
+            seen.wait_for_function(
+                f"() => document.querySelector('#gallery output').textContent.startsWith('{number} of')"
+            )
             found |= set(seen.evaluate("[...document.querySelectorAll('.sample .caption')].map((e) => e.textContent)"))
             seen.locator(".sample").first.click()
             seen.keyboard.press("Escape")
