@@ -4,7 +4,8 @@ from collections.abc import Iterable, Sequence
 
 from trainer.plot import shown
 
-Z = 1.96  # standard errors on either side: 95 of 100 intervals hold what endless held-out samples would give
+Z = 1.96  # standard errors on either side: of many samples, 95 of 100 intervals hold what endless ones would give
+FEWEST = 5  # values that say something of their spread
 STYLE = """
 .wide { overflow-x: auto; margin: 1rem 0; }
 table { border-collapse: collapse; } th { vertical-align: bottom; }
@@ -37,7 +38,7 @@ def mean_of(values: Sequence[float]) -> tuple[float | None, float | None]:
     if not values:
         return None, None
     mean = sum(values) / len(values)
-    if len(values) < 2:
+    if len(values) < FEWEST:
         return mean, None
     spread = sum((value - mean) ** 2 for value in values) / (len(values) - 1)
     return mean, (spread / len(values)) ** 0.5

@@ -90,7 +90,7 @@ def _choices(newest: Round) -> list[str]:
         table(
             [*head, *columns][: None if has_clip else -2], (row[: None if has_clip else -2] for row in rows), len(parts)
         ),
-        "<p>± holds 95 of 100 times, for want of held-out samples (losses) or prompts (scores). Changes are of the "
+        "<p>± are 1.96 standard errors, for want of held-out samples (losses) or prompts (scores). Changes are of the "
         "same draws: they are known better than what they are changes of.</p>",
     ]
 

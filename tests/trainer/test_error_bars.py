@@ -76,7 +76,8 @@ def test_too_few_draws_say_nothing() -> None:
     assert standard_error([(1.0, {("a", 0): (0, 1.0), ("b", 0): (60, 2.0)})]) is None  # one in each stretch
     assert mean({}) is None
     assert mean_of([]) == (None, None)
-    assert mean_of([2.0]) == (2.0, None)
+    assert mean_of([2.0, 3.0]) == (2.5, None)
+    assert mean_of([1.0, 2.0, 3.0, 4.0, 5.0]) == (3.0, pytest.approx(0.5**0.5))
 
 
 def test_what_stands_in_a_cell() -> None:
