@@ -83,7 +83,13 @@ BundleOut = Annotated[Path, typer.Option("--out", help="Folder for the bundle; i
 BundleForm = Annotated[str, typer.Option("--format", help="diffusers, single-file or kohya-lora.")]
 BundleDtype = Annotated[str | None, typer.Option("--dtype", help="fp32, fp16 or bf16; as saved by default.")]
 Raw = Annotated[bool, typer.Option("--raw", help="Raw weights, where averaged ones are kept too.")]
-Merge = Annotated[bool, typer.Option("--merge", help="Add adapters to the UNets that they stand on.")]
+Merge = Annotated[
+    float | None, typer.Option(help="Both as one model, with this share of the low-noise expert in it, 0 to 1.")
+]
+MergeAdapters = Annotated[bool, typer.Option("--merge-adapters", help="Add adapters to the UNets that they stand on.")]
+MergeStore = Annotated[
+    Path | None, typer.Option("--store", help="With --merge: measure on its held-out samples what that costs.")
+]
 Prove = Annotated[bool, typer.Option(help="Load it back and draw with each stage before it is there.")]
 ReportOut = Annotated[Path, typer.Option("--out", help="Folder for report.html, report.json and pictures.")]
 ManifestName = Annotated[
@@ -225,12 +231,16 @@ def _bundle_experts(
     out: BundleOut,
     form: BundleForm = "diffusers",
     raw: Raw = False,
-    merge: Merge = False,
+    merge: Merge = None,
+    merge_adapters: MergeAdapters = False,
     dtype: BundleDtype = None,
     base: Base = None,
     prove: Prove = True,
     device: Device = "auto",
     model_config: ModelConfig = None,
+    store: MergeStore = None,
+    manifest: ManifestName = None,
+    draws: Draws = 256,
 ) -> None:
     """Hand a pair over as what other programs load: diffusers folders, ComfyUI's checkpoints, or LoRA files."""
     from shared.model_folder import resolve_model
@@ -238,7 +248,9 @@ def _bundle_experts(
     from trainer.drawn import needed_components
 
     folder = resolve_model(model, needed_components(expert), model_config)
-    request = BundleRequest(expert, folder, out, form, raw, merge, dtype, base, prove, device)
+    request = BundleRequest(
+        expert, folder, out, form, raw, merge, merge_adapters, dtype, base, prove, device, store, manifest, draws
+    )
     typer.echo(str(bundle(request)))
 
 
