@@ -22,6 +22,7 @@ from shared.schedule import TimestepRange
 from shared.store import StoreReader
 from trainer.bench import Bench, open_bench
 from trainer.checkpoint import Checkpoint, open_expert
+from trainer.drift import layer_moves
 from trainer.easel import Drawn, draw_round
 from trainer.error_bars import between, difference, mean, standard_error
 from trainer.eval_axis import Losses, choice_change, measure, pair_loss, stretches, sweep
@@ -31,6 +32,7 @@ from trainer.lineup import START, Candidate, LineUp, line_up, notes_on
 from trainer.report import (
     Answerer,
     Choice,
+    Drifted,
     JudgedExpert,
     Report,
     Round,
@@ -133,6 +135,7 @@ def judge(
         ],
         choices=[_choice(choice, line, losses, own) for choice, own in zip(line.choices(), drawn.choices, strict=True)],
         sweep=[SweepPoint(boundary=boundary, loss=loss) for boundary, loss in sweep(line, losses)],
+        drift=_drift(line),
         finished=drawn.finished,
         finished_from=drawn.finished_from,
         handover=drawn.handover,
@@ -180,6 +183,16 @@ def _checked(act: Callable[[Given], Result], check: Callable[[], None]) -> Calla
         return act(given)
 
     return checked
+
+
+def _drift(line: LineUp) -> list[Drifted]:
+    start, *experts = line.candidates
+    moves = [(one.name, layer_moves(start, one)) for one in experts]
+    return [
+        Drifted(candidate=name, layers=[(one.layer, one.moved, one.start) for one in layers])
+        for name, layers in moves
+        if layers is not None
+    ]
 
 
 def _draw(gallery: Gallery | None, line: LineUp, number: int, check: Callable[[], None]) -> Drawn:

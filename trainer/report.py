@@ -156,6 +156,15 @@ class HandOver(_Part):
     """Of the pictures' own latents, noised to that step."""
 
 
+class Drifted(_Part):
+    """How far an expert's weights have moved from the start model's."""
+
+    candidate: str
+    """Name of the expert."""
+    layers: list[tuple[str, float | None, float | None]]
+    """[name, Frobenius norm of the difference, and of the start model's weights] of each layer."""
+
+
 class SweepPoint(_Part):
     """Both experts handing over at another timestep."""
 
@@ -186,6 +195,8 @@ class Round(_Part):
     """Held-out pictures of each data set, finished from below the lowest boundary."""
     finished_from: float | None = None
     """Timestep that they were noised to."""
+    drift: list[Drifted] = []
+    """Of every expert whose UNet is like the start model's."""
     handover: list[HandOver] = []
     """What is handed over at the lowest boundary, by everybody who may answer above it."""
 

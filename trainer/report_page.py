@@ -6,6 +6,7 @@ Names, captions and prompts are other people's text: every one of them is escape
 import html
 from pathlib import Path
 
+from trainer.page_drift import drift_of
 from trainer.page_losses import beside_boundaries, by_timestep, over_rounds
 from trainer.page_pictures import STYLE as PICTURE_STYLE
 from trainer.page_pictures import pictures_of
@@ -39,6 +40,7 @@ def report_page(report: Report, out: Path) -> str:
         *beside_boundaries(newest),
         *_handover(newest),
         *_sweep(newest),
+        *drift_of(newest),
         *over_rounds(report),
     ]
     return "\n".join(part for part in parts if part) + "\n"

@@ -81,3 +81,14 @@ def test_trained_experts_have_moved(world: Any, pair: tuple[Path, Path]) -> None
         assert moves is not None
         assert 0 < sum(one.moved > 0 for one in moves) <= len(moves)
         assert max(one.drift for one in by_block(moves) if one.start) < 1
+
+
+def test_the_page_says_it_block_by_block(pair: tuple[Path, Path], judge_in: Any, tmp_path: Path) -> None:
+    report = judge_in(tmp_path / "out")
+    (base, refiner) = report.rounds[0].drift
+    assert (base.candidate, refiner.candidate) == ("base", "refiner")
+    assert all(start is not None and start >= 0 for _, _, start in base.layers)
+    page = (tmp_path / "out" / "report.html").read_text()
+    section = page[page.index("How far they have moved") :]
+    for word in ("mid_block", "up_blocks.0 resnets", "base, most of all", "<td class=text>all</td>"):
+        assert word in section
