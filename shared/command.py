@@ -40,7 +40,7 @@ def run_command(
     except ExpertsError as error:
         _fail(error)
     except OSError as error:
-        _fail(_explain_os_error(error))
+        _fail(explain_os_error(error))
     except UnicodeEncodeError as error:  # LMDB, Arrow and safetensors take paths as text
         _fail(ConfigError(f"{error.object}: names that are not UTF-8 cannot be used here"))
     sys.exit(code if isinstance(code, int) else 0)
@@ -71,7 +71,8 @@ def one_line(text: str) -> str:
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
-def _explain_os_error(error: OSError) -> ExpertsError:
+def explain_os_error(error: OSError) -> ExpertsError:
+    """An error of the system's as one of ours, with its exit code."""
     import errno
 
     where = f"{error.filename}: " if error.filename else ""
