@@ -138,7 +138,8 @@ def _main() -> None:
 
 
 if __name__ == "__main__":
-    from shared.command import yield_idle_threads
+    from shared.command import quiet_libraries, yield_idle_threads
 
     yield_idle_threads()
+    quiet_libraries()
     _main()

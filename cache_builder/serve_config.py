@@ -26,7 +26,7 @@ class ServiceRules(Config):
     look_s: float = Field(600.0, gt=0)
     """How often the folders are looked through for changes that no file system told of, seconds."""
     poll_s: float = Field(30.0, gt=0)
-    """The same where the system tells of nothing, as on network disks, seconds; it takes a tenth of the time at most."""
+    """The same where the system tells of nothing, as on network disks; a tenth of the time at most, seconds."""
     hung_s: float = Field(900.0, gt=0)
     """A build that says nothing for so long is ended and tried again, seconds."""
     retry_s: float = Field(30.0, gt=0)

@@ -25,8 +25,7 @@ def run_command(
 
     Several functions are subcommands by their names; `about` is then what the whole is for.
     """
-    # diffusers and peft import bitsandbytes wherever it is, which then tells what of it this machine cannot use.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    quiet_libraries()
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=about or None)
     if isinstance(function, Mapping):
         for name, each in function.items():
@@ -55,6 +54,14 @@ def _interruptible(function: Callable[..., Any]) -> Callable[..., Any]:
             raise Stopped("interrupted; what was stored or saved stays, and the same command goes on") from None
 
     return run
+
+
+def quiet_libraries() -> None:
+    """Keep off stderr what is no business of the user's.
+
+    diffusers and peft import bitsandbytes wherever it is, which then tells what of it this machine cannot use.
+    """
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def yield_idle_threads() -> None:
