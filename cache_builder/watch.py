@@ -115,6 +115,7 @@ class FolderWatch:
             recursive=self._is_deep,
             ignore_permission_denied=True,
         )
+        self._look_at_s = 0.0  # what changed between the last look and the system's first word
         for some in changes:
             self._note(path for _, path in some)
             if not self._look_if_due():

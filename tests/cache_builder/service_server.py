@@ -58,11 +58,12 @@ def _serve(job: dict[str, object]) -> None:
         for descriptor, target in ((os.open(os.devnull, os.O_RDONLY), 0), (out, 1), (err, 2)):
             os.dup2(descriptor, target)
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        from pathlib import Path
+
         from cache_builder.serve import ServeOptions, serve
         from cache_builder.serve_config import ServeConfig
         from shared.command import run_command
         from shared.config import load_config
-        from pathlib import Path
 
         options = ServeOptions(**job["options"])  # type: ignore[arg-type]
 

@@ -302,7 +302,7 @@ def test_another_writer_is_waited_for(world: Path, services: Services) -> None:
 
 
 def test_old_manifests_go_and_those_that_are_used_stay(world: Path, services: Services) -> None:
-    service = services.start(world, "service.keep=2", "runs=['run']")
+    service = services.start(world, "service.keep=2", f"runs=['{world}/run']")
     digests = []
     for count in range(4):
         status = service.wait_for(lambda status, count=count: status["builds"] == count + 1)
