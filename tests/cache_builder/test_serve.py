@@ -26,7 +26,7 @@ from tests.pictures import write_shapes
 
 SERVER = Path(__file__).with_name("service_server.py")
 ROOT = Path(__file__).parents[2]
-PATIENCE_S = 60
+PATIENCE_S = 150
 QUICK = ("service.quiet_s=0.2", "service.retry_s=0.2", "page.enabled=false")
 CONFIG = """
 store = "store"
