@@ -100,7 +100,7 @@ class Services:
 
     def start(self, folder: Path, *sets: str, **options: Any) -> Service:
         """cache-serve --config FOLDER/serve.toml, told `sets`, with ServeOptions(`options`)."""
-        end_s = time.monotonic() + PATIENCE_S
+        end_s = time.monotonic() + 4 * PATIENCE_S  # it imports what is heavy first
         while not os.path.exists(self._socket):
             assert self._server.poll() is None
             assert time.monotonic() < end_s
