@@ -192,14 +192,15 @@ def undisturbed_digest(world: Path, services: Services, place: Path) -> str:
 def test_a_service_that_is_killed_while_it_builds_loses_nothing(
     world: Path, services: Services, tmp_path_factory: pytest.TempPathFactory, kills: int
 ) -> None:
-    expected = undisturbed_digest(world, services, tmp_path_factory.mktemp("undisturbed") / "world")
     rng, met = random.Random(kills), 0
-    for _ in range(kills):
+    for kill in range(kills):
+        write_shapes(world / f"shapes/{kill}", 8, seed=kill + 1)  # there is always something to do
         service = services.start(world)
         service.wait_for(lambda status: status["state"] == "building" or status["builds"])
-        time.sleep(rng.uniform(0, 0.5))
+        time.sleep(rng.uniform(0, 0.4))
         met += service.status()["state"] == "building"
         assert service.end(signal.SIGKILL) is None
+    expected = undisturbed_digest(world, services, tmp_path_factory.mktemp("undisturbed") / "world")
     service = services.start(world)
     service.wait_for(lambda status: status["builds"] == 1)
     assert service.end() == 0
