@@ -94,7 +94,7 @@ def kohya_metadata(stage: Stage) -> dict[str, Any]:
 
 
 def _require_loras(stages: Sequence[Stage]) -> None:
-    """Of a DoRA's `dora_scale` each program makes other weights, and diffusers none: what cannot be proved is not written.
+    """Programs make different weights of a DoRA's `dora_scale`, diffusers none: what cannot be proved is not written.
 
     peft divides W + s B A by its own norm over each output's row, ComfyUI by that of W alone, others by columns.
     """
