@@ -139,3 +139,15 @@ def test_a_plot_lies_within_its_frame_and_takes_a_logarithm_where_values_spread(
     assert middle[1] < middle[2] < middle[0]
     assert abs(middle[2] - middle[1]) < 0.5 * abs(middle[0] - middle[1])  # linear, 0.5 would lie low
     assert line_plot("t", [Line("a", [], 0)], "x", "y") == ""
+
+
+def test_a_legend_of_long_names_takes_more_rows_and_names_what_is_there(tmp_path: Path) -> None:
+    lines = [Line(f"an expert with a long name, number {i}", [(0, 1.0), (1, 2.0)], i) for i in range(4)]
+    svg = line_plot("t", [*lines, Line("nobody", [], 5)], "x", "y")
+    assert "nobody" not in svg
+    rows = {float(y) for y in re.findall(r'<text x="[\d.]+" y="(\d+)">an expert', svg)}
+    assert len(rows) == 2
+    height, down = (int(re.search(pattern, svg)[1]) for pattern in (r"0 0 760 (\d+)", r"translate\(0 (\d+)\)"))  # type: ignore[index]
+    assert height - 300 == down > 0
+    assert max(rows) < down + 34
+    assert "translate(0 0)" in line_plot("t", lines[:1], "x", "y")
