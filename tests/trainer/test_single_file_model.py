@@ -1,7 +1,7 @@
 """--model FILE.safetensors: a bundle's single file is a model again, the same one to stores, trainers and drawing."""
 
+import errno
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -218,13 +218,27 @@ def test_what_is_no_such_file_is_one_line(bundled: Path, tiny_model: Path, tmp_p
         resolve_model(str(bundled / "stage_1.safetensors"), config=str(tmp_path))
 
 
-def test_a_cache_that_cannot_be_written_is_an_os_error_and_no_traceback(bundled: Path, tmp_path: Path) -> None:
+def test_a_disk_that_fills_up_is_given_back(bundled: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An OSError, of which every command makes one line and exit code 74; what is whole stays."""
+    write = single_file.write_lazily
+
+    def full(path: Path, *given: Any) -> str:
+        written = write(path, *given)
+        if "vae" in path.name:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return written
+
+    monkeypatch.setattr(single_file, "write_lazily", full)
+    with pytest.raises(OSError, match="No space left"):
+        resolve_model(str(bundled / "stage_1.safetensors"))
+    (weights,) = cache.glob("*/weights")
+    assert [path.name for path in weights.iterdir()] == ["unet.safetensors"]
+
+
+def test_a_cache_that_cannot_be_written_is_an_os_error(
+    bundled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "a file").touch()
-    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "a file")}
-    given = {"--expert": bundled, "--model": bundled / "stage_1.safetensors", "--prompt": "x", "--out": tmp_path / "o"}
-    arguments = [str(part) for option in given.items() for part in option]
-    command = [sys.executable, "-c", "from trainer.cli import generate_images; generate_images()", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 74
-    assert done.stderr.startswith("error: ")
-    assert len(done.stderr.splitlines()) == 1
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "a file"))
+    with pytest.raises(NotADirectoryError):
+        resolve_model(str(bundled / "stage_1.safetensors"))
