@@ -8,6 +8,8 @@ import socket
 import subprocess
 import sys
 import time
+import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,8 @@ TRAIN = "steps = 3\nbatch = 1\naccumulation = 1\ngradient_checkpointing = false\
 PIDS = ("--pid", "--fork", "--kill-child", "--mount-proc")
 WORKERS = ("cache", "train-base", "train-refiner", "evaluate")
 QUICK = {"evaluate": ("--steps", "2", "--held-out", "0", "--draws", "4")}
-PATIENCE_S = 600
+PATIENCE_S = 500
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
 def _unshare() -> list[str]:
@@ -46,6 +49,7 @@ class SetUp:
             place.mkdir(parents=True)
         self.places["/models/tiny"] = model
         self.folder, self.port = folder, free_port()
+        self.started: list[subprocess.Popen[str]] = []
         (self.places["/settings"] / "cache.toml").write_text(self._settings())
         (self.places["/settings"] / "train.toml").write_text(TRAIN)
         (self.places["/settings"] / "prompts.txt").write_text("a red circle\n")
@@ -55,7 +59,9 @@ class SetUp:
     def line(self, name: str, *more: str) -> str:
         """A service's command as a shell runs it here; NAME.pid, NAME.code and NAME.err say what became of it."""
         words = [self._here(word) for word in read_compose()["services"][name]["command"]]
-        command = shlex.join([str(Path(sys.executable).parent / words[0]), *words[1:], *QUICK.get(name, ()), *more])
+        module, _, function = PROJECT["scripts"][words[0]].partition(":")
+        script = [sys.executable, "-c", f"from {module} import {function} as run; run()"]
+        command = shlex.join([*script, *words[1:], *QUICK.get(name, ()), *more])
         file = shlex.quote(str(self.folder / name))
         return f"{command} 2>{file}.err & echo $! >{file}.pid; wait $!; echo $? >{file}.code"
 
@@ -67,9 +73,17 @@ class SetUp:
 
     def start(self, script: str) -> "subprocess.Popen[str]":
         own = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-        return subprocess.Popen(
+        process = subprocess.Popen(
             [*UNSHARE, "sh", "-c", script], cwd=ROOT, env=os.environ | own, stdout=subprocess.DEVNULL, text=True
         )
+        self.started.append(process)
+        return process
+
+    def kill_all(self) -> None:
+        """End what still runs: whoever made a PID namespace takes all that is in it along."""
+        for process in self.started:
+            process.kill()
+            process.wait()
 
     def code(self, name: str) -> int:
         return int((self.folder / f"{name}.code").read_text())
@@ -100,8 +114,10 @@ def free_port() -> int:
 
 
 @pytest.fixture
-def set_up(tmp_path: Path, tiny_model: Path) -> SetUp:
-    return SetUp(tmp_path, tiny_model)
+def set_up(tmp_path: Path, tiny_model: Path) -> Iterator[SetUp]:
+    made = SetUp(tmp_path, tiny_model)
+    yield made
+    made.kill_all()
 
 
 def test_all_come_up_at_once_in_one_pid_namespace(set_up: SetUp) -> None:
