@@ -24,7 +24,7 @@ SMALL = "resolution = 64\nstep = 16"
 TRAIN = "steps = 3\nbatch = 1\naccumulation = 1\ngradient_checkpointing = false\n\n[log]\ntrackers = []\n"
 PIDS = ("--pid", "--fork", "--kill-child", "--mount-proc")
 WORKERS = ("cache", "train-base", "train-refiner", "evaluate")
-QUICK = {"evaluate": ("--steps", "2", "--held-out", "0", "--draws", "4")}
+QUICK = {"evaluate": ("--steps", "2", "--held-out", "0", "--draws", "4", "--max-share", "1")}
 PATIENCE_S = 500
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
