@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -26,7 +27,7 @@ SHARD_FORMAT = 1
 GROUP_BYTES = 16 << 20  # of frames in a row group, which is read and written at once
 GROUP_ROWS = 4096
 MOST_GROUP_BYTES = 1 << 30  # a row group that says it is larger is not one of ours
-ROWS_AT_ONCE = 64
+ROWS_AT_ONCE = 8  # decoded: what is small is allocated again and again in the same pages
 _SHORT = pa.binary(KEY_BYTES)
 _SCHEMA = pa.schema(
     [
@@ -63,9 +64,16 @@ def write_shard(file: Any, rows: Sequence[Row], groups: Iterable[Sequence[tuple[
             here = [(key, frame_checksum(frame)) for key, frame in group]
             if here != list(itertools.islice(expected, len(here))):
                 raise RecordCorrupt("records changed while they were exported")
-            columns = [*zip(*here, strict=True), [frame for _, frame in group]]
-            arrays = [pa.array(column, field.type) for column, field in zip(columns, _SCHEMA, strict=True)]
-            writer.write_table(pa.Table.from_arrays(arrays, schema=_SCHEMA), row_group_size=len(group))
+            keys, checksums = zip(*here, strict=True)
+            columns = [pa.array(keys, _SHORT), pa.array(checksums, _SHORT), _joined([frame for _, frame in group])]
+            writer.write_table(pa.Table.from_arrays(columns, schema=_SCHEMA), row_group_size=len(group))
+
+
+def _joined(frames: Sequence[bytes]) -> pa.Array:
+    """Frames as one column; pa.array would grow its buffer again and again, each time into fresh pages."""
+    offsets = np.cumsum([0, *map(len, frames)], dtype=np.int32)
+    buffers = [None, pa.py_buffer(offsets), pa.py_buffer(b"".join(frames))]
+    return pa.Array.from_buffers(pa.binary(), len(frames), buffers)
 
 
 class ShardReader:

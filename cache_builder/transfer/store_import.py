@@ -29,8 +29,8 @@ from shared.room import require_room
 from shared.store import StoreReader, StoreWriter
 from shared.store_card import read_card, refuse_foreign_folder, write_card
 
-COMMIT_BYTES = 32 << 20
-READERS = 2  # shards that are read at once
+COMMIT_BYTES = 16 << 20
+READERS, BUCKET_READERS = 1, 4  # shards that are read at once: a server takes its time to answer
 MAX_MANIFEST_BYTES = 64 << 30
 
 
@@ -133,10 +133,10 @@ def _import_records(
 ) -> None:
     """Every record that is wanted and not there."""
     _check_room(writer, listing, wanted)
-    todo = _Shared(listing.shards)
-    readers = [_read_shards(writer, place, todo, wanted, report) for _ in range(READERS)]
+    todo, count = _Shared(listing.shards), READERS if place.is_local else BUCKET_READERS
+    readers = [_read_shards(writer, place, todo, wanted, report) for _ in range(count)]
     waiting: list[Frame] = []
-    with progress("import", report.records, "records") as advance, Ahead(*readers, count=READERS) as ready:
+    with progress("import", report.records, "records") as advance, Ahead(*readers, count=count) as ready:
         for passed, frames in ready:
             waiting += frames
             advance(passed + len(frames))
