@@ -14,7 +14,13 @@ Folder = Annotated[
     typer.Argument(help="Folder of pictures with captions (cat.png, cat.txt), a table, or .tar shards."),
 ]
 StorePath = Annotated[Path, typer.Option("--store", help="Store to add to; made where there is none.")]
-Model = Annotated[str, typer.Option("--model", help="SDXL-layout model: a diffusers folder or a Hub id.")]
+Model = Annotated[
+    str, typer.Option("--model", help="SDXL-layout model: a diffusers folder, a Hub id, or one .safetensors file.")
+]
+ModelConfig = Annotated[
+    str | None,
+    typer.Option(help="With --model FILE: folder or Hub id of its tokenizers and settings, if not beside it."),
+]
 Name = Annotated[str, typer.Option("--manifest", help="Name of the manifest to seal.")]
 Resolution = Annotated[int | None, typer.Option(help="Short for --set images.resolution=N, pixels.")]
 Configs = Annotated[list[Path] | None, typer.Option("--config", help="TOML file; several are layered, later ones win.")]
@@ -54,6 +60,7 @@ def _cache_build(
     dry_run: DryRun = False,
     no_timing: NoTiming = False,
     decode: Decode = False,
+    model_config: ModelConfig = None,
 ) -> None:
     """Encode captioned pictures, FOLDER or the data sets of --config, into a store, once; reuse what is stored."""
     from cache_builder.build import BuildOptions, build
@@ -71,7 +78,8 @@ def _cache_build(
     texts = tuple(dict.fromkeys(read_prompts_file(prompts))) if prompts else ()
     settings = choose_datasets(settings, folder, dataset)
     sources = open_sources(settings.datasets)
-    model_folder = resolve_model(model, ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
+    needed = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+    model_folder = resolve_model(model, needed, model_config)
     options = BuildOptions(store, manifest, device, wait, replace, allow_shrink, texts, rehash)
     if dry_run:
         from cache_builder import dry_run as rehearsed

@@ -14,7 +14,13 @@ Configs = Annotated[list[Path] | None, typer.Option("--config", help="TOML file;
 Sets = Annotated[list[str] | None, typer.Option("--set", help="One setting, e.g. optimizer.learning_rate=1e-6.")]
 StorePath = Annotated[Path, typer.Option("--store", help="Store that cache-build made.")]
 Name = Annotated[str, typer.Option("--manifest", help="Manifest to begin on; a run that goes on keeps its own.")]
-Model = Annotated[str, typer.Option("--model", help="SDXL-layout model: a diffusers folder or a Hub id.")]
+Model = Annotated[
+    str, typer.Option("--model", help="SDXL-layout model: a diffusers folder, a Hub id, or one .safetensors file.")
+]
+ModelConfig = Annotated[
+    str | None,
+    typer.Option(help="With --model FILE: folder or Hub id of its tokenizers and settings, if not beside it."),
+]
 Output = Annotated[Path, typer.Option("--output", help="Run folder; the same command goes on with what is in it.")]
 Device = Annotated[str, typer.Option(help="auto, cuda, mps or cpu.")]
 Start = Annotated[
@@ -77,7 +83,13 @@ BundleOut = Annotated[Path, typer.Option("--out", help="Folder for the bundle; i
 BundleForm = Annotated[str, typer.Option("--format", help="diffusers, single-file or kohya-lora.")]
 BundleDtype = Annotated[str | None, typer.Option("--dtype", help="fp32, fp16 or bf16; as saved by default.")]
 Raw = Annotated[bool, typer.Option("--raw", help="Raw weights, where averaged ones are kept too.")]
-Merge = Annotated[bool, typer.Option("--merge", help="Add adapters to the UNets that they stand on.")]
+Merge = Annotated[
+    float | None, typer.Option(help="Both as one model, with this share of the low-noise expert in it, 0 to 1.")
+]
+MergeAdapters = Annotated[bool, typer.Option("--merge-adapters", help="Add adapters to the UNets that they stand on.")]
+MergeStore = Annotated[
+    Path | None, typer.Option("--store", help="With --merge: measure on its held-out samples what that costs.")
+]
 Prove = Annotated[bool, typer.Option(help="Load it back and draw with each stage before it is there.")]
 ReportOut = Annotated[Path, typer.Option("--out", help="Folder for report.html, report.json and pictures.")]
 ManifestName = Annotated[
@@ -112,6 +124,7 @@ def _train_expert(
     timing: Timing = True,
     json: Json = False,
     wait: Wait = False,
+    model_config: ModelConfig = None,
 ) -> None:
     """Train one expert from a store; run it twice at once, with base.toml and with refiner.toml."""
     from shared.config import load_config
@@ -123,7 +136,7 @@ def _train_expert(
         from trainer.waiting import wait_for_manifest
 
         wait_for_manifest(store, move_to_manifest or manifest)
-    model_folder = resolve_model(model, ("unet",))
+    model_folder = resolve_model(model, ("unet",), model_config)
     from trainer.run import Request
 
     request = Request(settings, store, manifest, model_folder, output, device, move_to_manifest, start)
@@ -173,6 +186,7 @@ def _generate_images(
     precision: Precision = "auto",
     offload: Offload = False,
     base: Base = None,
+    model_config: ModelConfig = None,
 ) -> None:
     """Draw with a pair of experts: each step is made by the expert whose range its timestep lies in."""
     from shared.model_folder import resolve_model
@@ -187,7 +201,7 @@ def _generate_images(
     weights, negatives = tuple(guidance or [9.2]), tuple(negative_prompt or [None])
     request = GenerateRequest(
         experts=expert,
-        model=resolve_model(model, needed_components(expert)),
+        model=resolve_model(model, needed_components(expert), model_config),
         prompts=asked,
         out=out,
         settings=DrawSettings(steps, weights[0] if len(weights) == 1 else weights, guidance_rescale, scheduler),
@@ -217,19 +231,26 @@ def _bundle_experts(
     out: BundleOut,
     form: BundleForm = "diffusers",
     raw: Raw = False,
-    merge: Merge = False,
+    merge: Merge = None,
+    merge_adapters: MergeAdapters = False,
     dtype: BundleDtype = None,
     base: Base = None,
     prove: Prove = True,
     device: Device = "auto",
+    model_config: ModelConfig = None,
+    store: MergeStore = None,
+    manifest: ManifestName = None,
+    draws: Draws = 256,
 ) -> None:
     """Hand a pair over as what other programs load: diffusers folders, ComfyUI's checkpoints, or LoRA files."""
     from shared.model_folder import resolve_model
     from trainer.bundle import BundleRequest, bundle
     from trainer.drawn import needed_components
 
-    folder = resolve_model(model, needed_components(expert))
-    request = BundleRequest(expert, folder, out, form, raw, merge, dtype, base, prove, device)
+    folder = resolve_model(model, needed_components(expert), model_config)
+    request = BundleRequest(
+        expert, folder, out, form, raw, merge, merge_adapters, dtype, base, prove, device, store, manifest, draws
+    )
     typer.echo(str(bundle(request)))
 
 
@@ -256,9 +277,10 @@ def _evaluate_experts(
     precision: Precision = "auto",
     device: Device = "auto",
     base: Base = None,
+    model_config: ModelConfig = None,
 ) -> None:
     """Judge experts beside their start model: losses by timestep, pictures, every way to pair them, in one report."""
-    from shared.model_folder import resolve_clip, resolve_model
+    from shared.model_folder import COMPONENTS, resolve_clip, resolve_model
     from trainer.ensemble import DrawSettings
     from trainer.evaluate import EvaluateRequest, evaluate
     from trainer.gallery import PictureWish
@@ -276,7 +298,7 @@ def _evaluate_experts(
     request = EvaluateRequest(
         experts=expert,
         store=store,
-        model=resolve_model(model),
+        model=resolve_model(model, COMPONENTS if wish.prompts or held_out else ("unet", "scheduler"), model_config),
         out=out,
         manifest=manifest,
         device=device,

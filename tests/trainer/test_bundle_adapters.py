@@ -108,7 +108,7 @@ def test_a_pair_of_adapters_draws_our_loops_picture(
 def test_merged_they_are_whole_folders(
     request_of: Callable[..., BundleRequest], adapters: tuple[Path, Path], tiny_model: Path, tmp_path: Path
 ) -> None:
-    out = bundle(request_of(merge=True))
+    out = bundle(request_of(merge_adapters=True))
     base = StableDiffusionXLPipeline.from_pretrained(out / "stage_1", use_safetensors=True)
     refiner = StableDiffusionXLImg2ImgPipeline.from_pretrained(out / "stage_2", use_safetensors=True)
     ours = our_loop(adapters, tiny_model, tmp_path / "ours").astype(int)
