@@ -101,6 +101,35 @@ def cache_build() -> None:
     run_command(_cache_build)
 
 
+ServeConfigs = Annotated[list[Path], typer.Option("--config", help="TOML file (configs/serve.toml); later ones win.")]
+FirstReplace = Annotated[bool, typer.Option("--replace", help="As for cache-build; for the first build alone.")]
+FirstShrink = Annotated[bool, typer.Option("--allow-shrink", help="As for cache-build; for the first build alone.")]
+
+
+def _cache_serve(
+    config: ServeConfigs, sets: Sets = None, replace: FirstReplace = False, allow_shrink: FirstShrink = False
+) -> None:
+    """Keep a store up to date as pictures arrive in the folders of --config, with a page that shows it."""
+    from cache_builder.serve_config import ServeConfig
+    from shared.config import load_config
+    from shared.errors import ConfigError
+
+    settings = load_config(ServeConfig, config, sets or [])
+    try:
+        from cache_builder.serve import ServeOptions, serve
+    except ModuleNotFoundError as error:
+        if error.name != "watchfiles":
+            raise
+        raise ConfigError("cache-serve watches by watchfiles: pip install 'sdxl-experts[serve]'") from None
+    serve(settings, ServeOptions(replace, allow_shrink))
+
+
+def cache_serve() -> None:
+    """Console script `cache-serve`."""
+    yield_idle_threads()
+    run_command(_cache_serve)
+
+
 def cache_store() -> None:
     """Console script `cache-store`."""
     from cache_builder.store_cli import COMMANDS

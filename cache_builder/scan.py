@@ -20,9 +20,11 @@ from cache_builder.split import Thumbnail
 from cache_builder.texts import filter_captions, says_a_side, write_texts
 from shared.errors import DataError
 from shared.pictures import PictureError, PixelLimits, PixelRules
+from shared.progress import progress
 from shared.store import Store
 from shared.vae import EncodeDtype
 
+SCANNED_AT_ONCE = 64  # pictures between two signs of life
 MOST_PLANS = 4096  # whose keys are half made once for all pictures that are cut alike
 
 
@@ -101,11 +103,15 @@ class Scanner:
         if isinstance(source, Remembering):
             source.cache = cache
         looker = Looker(self.pixel_rules, self.limits, store, cache)
-        for (item, captions), look in look_at(looker, self._wanted(source), self.config.encode.threads):
-            try:
-                self._add(known, source.dataset_id, item, captions, look())
-            except DataError as error:
-                self.report.quarantined.append((item.path, str(error)))
+        with progress(f"scan of {source.dataset_id}", None, "pictures") as advance:
+            looks = look_at(looker, self._wanted(source), self.config.encode.threads)
+            for number, ((item, captions), look) in enumerate(looks, 1):
+                try:
+                    self._add(known, source.dataset_id, item, captions, look())
+                except DataError as error:
+                    self.report.quarantined.append((item.path, str(error)))
+                if not number % SCANNED_AT_ONCE:
+                    advance(SCANNED_AT_ONCE)
         if self.remember:
             cache.save()
         samples = self._some(known)

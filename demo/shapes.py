@@ -41,7 +41,7 @@ def write_shapes(
     """Write `count` pictures and their captions into the folder `out`, over those of the same name.
 
     With `held_out` every picture shows a combination of kind and colour that is in none of the others. With `metadata`
-    a metadata.jsonl says how many `shapes` each one shows, for trainers that weigh by it.
+    a metadata.jsonl says how many `shapes` each one shows on which `ground`, for trainers that select or weigh by it.
     """
     out.mkdir(parents=True, exist_ok=True)
     rows = []
@@ -50,7 +50,8 @@ def write_shapes(
         # The captions go first: whoever watches the folder never finds a picture without one.
         (out / f"shape-{index:05d}.txt").write_text("\n".join(describe(scene)) + "\n", encoding="utf-8")
         draw(scene).save(out / f"shape-{index:05d}.png")
-        rows.append(json.dumps({"file_name": f"shape-{index:05d}.png", "shapes": len(scene.shapes)}))
+        facts = {"shapes": len(scene.shapes), "ground": scene.ground.style}
+        rows.append(json.dumps({"file_name": f"shape-{index:05d}.png", **facts}))
     if metadata:
         (out / "metadata.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
     return out
@@ -70,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="height and width of pictures in px, 64 to 128; may be given again (default: nine sizes)",
     )
     parser.add_argument("--held-out", action="store_true", help="only what is held out: to judge with, not to train on")
-    parser.add_argument("--metadata", action="store_true", help="write metadata.jsonl: how many shapes each shows")
+    parser.add_argument("--metadata", action="store_true", help="metadata.jsonl too: shapes, kind of ground")
     options = parser.parse_args(arguments)
     if options.count < 1:
         parser.error(f"argument --count: must be at least 1, not {options.count}")

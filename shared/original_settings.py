@@ -129,7 +129,7 @@ def fitted(part: str, read: Mapping[str, Any], given: Mapping[str, Any] | None) 
     for key in _TOLD[part]:
         if key in given and _plain(given[key]) != _plain(read[key]):
             raise DataError(f"its {part} has {key} {read[key]}, the settings that it shall have {given[key]}")
-    if part == "unet" and _counts(dict(read) | dict(given)) != _counts(read):
+    if part == "unet" and attention_counts(dict(read) | dict(given)) != attention_counts(read):
         raise DataError("its unet has other transformer_layers_per_block than the settings that it shall have")
     return dict(read) | dict(given)
 
@@ -151,9 +151,9 @@ def _transformer_layers(downs: list[list[int]], ups: list[list[int]], mid: int) 
     }
 
 
-def _counts(config: Mapping[str, Any]) -> tuple[list[list[int]], list[list[int]]]:
+def attention_counts(config: Mapping[str, Any]) -> tuple[list[list[int]], list[list[int]]]:
     """Transformer layers of every block of a UNet, on the way down and up, 0 where it has no attention."""
-    depth, downs = int(config["layers_per_block"]), config["transformer_layers_per_block"]
+    depth, downs = int(config["layers_per_block"]), config.get("transformer_layers_per_block", 1)
     downs = [downs] * len(config["down_block_types"]) if isinstance(downs, int) else downs
     ups = config.get("reverse_transformer_layers_per_block") or downs[::-1]
 

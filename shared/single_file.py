@@ -102,10 +102,8 @@ def as_folder(original: Original, given: Path | None, tokenizers: Path | None) -
 
 
 def _write_weights(original: Original, folder: Path) -> None:
-    """Write what is not there; what another command was killed in the middle of is removed first."""
+    """Write what is not there; what another command was killed in the middle of is written again."""
     folder.mkdir(exist_ok=True)
-    for left in folder.glob(".*"):
-        left.unlink()
     todo = {part: own for part, own in original.parts.items() if not (folder / f"{part}.safetensors").exists()}
     if not todo:
         return

@@ -95,7 +95,7 @@ def mixed(one: LazyTensor, other: LazyTensor, share: float) -> LazyTensor:
         raise DataError(f"{one.dtype} {one.shape} and {other.dtype} {other.shape} cannot be mixed")
 
     def read() -> bytes:
-        return _rounded(_values(one).float().lerp(_values(other).float(), share), one.dtype)
+        return _rounded(values_of(one).float().lerp(values_of(other).float(), share), one.dtype)
 
     return LazyTensor(one.dtype, one.shape, read)
 
@@ -116,11 +116,11 @@ def cast_to(tensor: LazyTensor, dtype: FloatDtype | None) -> LazyTensor:
     if dtype is None or tensor.dtype == dtype or tensor.dtype not in _TORCH:
         return tensor
 
-    return LazyTensor(dtype, tensor.shape, lambda: _rounded(_values(tensor), dtype))
+    return LazyTensor(dtype, tensor.shape, lambda: _rounded(values_of(tensor), dtype))
 
 
-def _values(tensor: LazyTensor) -> "Tensor":
-    """The tensor of floats, flat."""
+def values_of(tensor: LazyTensor) -> "Tensor":
+    """A tensor of floats in memory, flat."""
     import torch
 
     data = bytearray(tensor.read())

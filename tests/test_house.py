@@ -19,7 +19,7 @@ FILES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.p
 PRODUCT_FILES = [path for path in FILES if path.relative_to(ROOT).parts[0] in PRODUCT]
 VAGUE = {"utils", "util", "helpers", "helper", "common", "manager", "misc", "tools"}
 COMMANDS = {
-    "cache_builder.cli": ("cache_build", "cache_store"),
+    "cache_builder.cli": ("cache_build", "cache_serve", "cache_store"),
     "trainer.cli": ("train_expert", "generate_images", "evaluate_experts", "bundle_experts"),
     "dashboard.cli": ("cache_dashboard",),
 }

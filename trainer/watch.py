@@ -48,6 +48,7 @@ def watch(request: EvaluateRequest, max_share: float, trackers: Sequence[str] = 
         if (run / "checksums.json").exists() or run.is_file():
             raise ConfigError(f"--watch follows run folders; {run} is one checkpoint")
     device = choose_device(request.device)
+    shutil.rmtree(request.out / HELD, ignore_errors=True)  # of a watch that was killed
     report, curves = read_report(request.out), Curves(request.out, 0, tuple(trackers), "sdxl-experts", {})
     try:
         with StoreReader(request.store) as store, stop_requests() as stop:

@@ -17,7 +17,7 @@ from trainer.bundle import BundleRequest, bundle
 from trainer.bundle_stage import read_stages
 from trainer.checkpoint import open_expert
 from trainer.comfy import comfy_timesteps, step_range
-from trainer.original_file import load_file_pipeline, require_sayable
+from trainer.original_file import architecture, load_file_pipeline, require_sayable
 from trainer.schedulers import make_scheduler
 
 
@@ -112,6 +112,19 @@ def test_the_workflows_steps_are_the_contracts_and_each_has_one_sampler(
     for stage in stages:
         first, beyond = step_range(stage, steps)
         assert all(t in stage.facts.timesteps for t in timesteps[first:beyond])
+
+
+@pytest.mark.parametrize(
+    ("config", "layout", "known_as"),
+    [
+        (BASE, "sdxl", "stable-diffusion-xl-v1-base"),
+        (SSD_1B, "sdxl", "segmind-stable-diffusion-1b"),
+        (SSD_1B | {"mid_block_type": "UNetMidBlock2D"}, "sdxl", "segmind-stable-diffusion-1b"),
+        (REFINER, "sdxl-refiner", "stable-diffusion-xl-v1-refiner"),
+    ],
+)
+def test_a_file_says_what_it_is_made_of(config: dict[str, Any], layout: Any, known_as: str) -> None:
+    assert architecture(config, layout) == known_as
 
 
 @pytest.mark.parametrize("change", [{"beta_end": 0.02}, {"beta_schedule": "linear"}, {"prediction_type": "sample"}])
