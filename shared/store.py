@@ -24,19 +24,11 @@ import lmdb
 import numpy as np
 
 from shared.atomic import sync_file, sync_folder
-from shared.errors import (
-    RecordCorrupt,
-    StoreBusy,
-    StoreError,
-    StoreFormat,
-    StoreFull,
-    StoreIO,
-    StoreMissing,
-)
+from shared.errors import RecordCorrupt, StoreBusy, StoreError, StoreFormat, StoreFull, StoreIO, StoreMissing
 from shared.file_system import refuse_network
 from shared.lease import Lease
 from shared.preflight import check_data_file
-from shared.record import Array, Record, decode_record, frame_checksum, verify_frame
+from shared.record import Array, Record, decode_record, frame_checksum
 from shared.store_card import read_card, refuse_foreign_folder, write_card
 
 MAP_SIZE_BYTES = 16 << 40  # address space, not memory or disk; the same for every process
@@ -90,12 +82,6 @@ class Snapshot:
     def raw(self, key: bytes) -> bytes:
         """A copy of the bytes under `key`, unverified: what a quarantine keeps; raises RecordCorrupt where absent."""
         return bytes(self._view(key))
-
-    def frame(self, key: bytes) -> bytes:
-        """A copy of the frame under `key`, verified; raises RecordCorrupt where it is absent or damaged."""
-        data = self.raw(key)
-        verify_frame(key, data)
-        return data
 
     def checksums(self, keys: Iterable[bytes]) -> list[bytes]:
         """What the frame of each key says its checksum is, unverified; raises RecordCorrupt where one is absent."""

@@ -23,6 +23,7 @@ from shared.errors import ConfigError, DataError, RecordCorrupt, StoreFormat
 from shared.manifest import Manifest
 from shared.manifest_shelf import Sealed, sealed_manifests
 from shared.progress import progress
+from shared.record import verify_frame
 from shared.store import StoreReader
 from shared.store_card import read_card
 
@@ -152,7 +153,10 @@ def _read_groups(
             group_bytes += sizes[end]
             end += 1
         with reader.snapshot() as snapshot:
-            yield [(key, snapshot.frame(key)) for key in keys[start:end]]
+            frames = [(key, snapshot.raw(key)) for key in keys[start:end]]
+        for key, frame in frames:
+            verify_frame(key, frame)
+        yield frames
         start = end
 
 
