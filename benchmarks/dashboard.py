@@ -87,7 +87,7 @@ def paints(address: str) -> dict[str, float] | None:
             tab.set_default_timeout(120_000)
             tab.goto(address, wait_until="commit")
             tab.wait_for_function(
-                "() => window.seen.drawn && performance.getEntriesByName('first-contentful-paint').length"
+                "() => window.seen.ready && window.seen.drawn && performance.getEntriesByName('first-contentful-paint').length"
             )
             paint_ms = tab.evaluate(PAINT_MS)
             seen = tab.evaluate("window.seen")
