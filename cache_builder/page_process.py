@@ -96,7 +96,7 @@ def page_command(config: ServeConfig) -> list[str]:
         command += ["--runs-under", str(config.runs_under)]
     for dataset in config.datasets:
         if dataset.kind == "folder":
-            command += ["--source", str(dataset.root)]
+            command += ["--source", str(dataset.folder)]
     command += ["--host", page.host, "--port", str(page.port)]
     if page.token_file is not None:
         command += ["--token-file", str(page.token_file)]
