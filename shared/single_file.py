@@ -115,8 +115,11 @@ def _write_weights(original: Original, folder: Path) -> None:
         say(f"{len(foreign)} tensors of it are no part of SDXL and left out: {one_line(foreign[0])}, ...")
     for part, own in todo.items():
         temporary = folder / f".{part}.safetensors"
-        write_lazily(temporary, own.tensors, {})
-        os.replace(temporary, folder / f"{part}.safetensors")
+        try:
+            write_lazily(temporary, own.tensors, {})
+            os.replace(temporary, folder / f"{part}.safetensors")
+        finally:
+            temporary.unlink(missing_ok=True)  # where the disk is full after all, it is given back
     sync_folder(folder)
 
 

@@ -99,9 +99,8 @@ def test_shards_in_folders_and_by_patterns(bucket: str, tmp_path: Path) -> None:
         scan(f"{bucket}/shards/part/s-{{0,9}}.tar")
 
 
-def test_a_build_is_the_same_and_reads_nothing_again(
-    bucket: str, tmp_path: Path, tiny_model: Path, commands: object, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.slow
+def test_a_build_is_the_same(bucket: str, tmp_path: Path, tiny_model: Path, commands: object) -> None:
     write_folder(tmp_path / "pictures", ITEMS)
     upload(tmp_path / "pictures", f"{bucket}/build/pictures")
     sets = ["images.resolution=64", "images.step=16"]

@@ -347,7 +347,7 @@ def test_a_killed_import_goes_on(store: Path, exported: Path, tmp_path: Path, ki
         f"s.import_store({str(exported)!r}, Path({str(path)!r}))"
     )
     for number in range(kills):
-        size = 20_000 + number * 30_000
+        size = 60_000 + number * 6_000  # two commits at least
         kill_when(run_in_child(code), lambda size=size: data_bytes(path) > size)  # type: ignore[misc]
         if not any(sealed_manifests(path)):
             assert records(path).items() <= records(store).items()

@@ -1,5 +1,6 @@
 """The page of an evaluation, in a real browser where there is one: all of it is shown, and no name is run."""
 
+import html
 import re
 import shutil
 import subprocess
@@ -7,8 +8,20 @@ from pathlib import Path
 
 import pytest
 
+from trainer.lineup import START
 from trainer.plot import Line, line_plot, log_ticks, tick_texts, ticks
-from trainer.report import Answerer, Choice, JudgedExpert, Report, Round, StretchLoss, SweepPoint, read_report
+from trainer.report import (
+    Answerer,
+    Choice,
+    HandOver,
+    JudgedExpert,
+    LatentFacts,
+    Report,
+    Round,
+    StretchLoss,
+    SweepPoint,
+    read_report,
+)
 from trainer.report_page import report_page
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -73,6 +86,22 @@ def test_a_browser_shows_the_whole_page(tmp_path: Path) -> None:
         assert heading in seen
     assert "not started" in seen
     assert not re.search(r"(src|href)=\"(?!data:)", seen)
+
+
+@needs_browser
+def test_the_page_does_not_scroll_sideways(tmp_path: Path) -> None:
+    """Its widest table, of what is handed over, scrolls by itself. Widths of the page's content and of its window."""
+    facts = LatentFacts(mean=[-0.58141] * 4, variance=[12.3456] * 4, power=[1.0] * 8)
+    over = [HandOver(candidate=name, timestep=366.0, pictures=8, drawn=facts, real=facts) for name in (START, "a" * 40)]
+    page = html.escape(report_page(report(round_of(1).model_copy(update={"handover": over})), tmp_path))
+    widths = (1100, 500)
+    frames = [f'<iframe style="width: {px}px; height: 99999px; border: 0" srcdoc="{page}"></iframe>' for px in widths]
+    sizes = "[one.contentDocument.documentElement.scrollWidth, one.clientWidth]"
+    asked = f"[...document.querySelectorAll('iframe')].flatMap(one => {sizes}).join()"
+    seen = opened(
+        f"<title>-</title>{''.join(frames)}<script>onload = () => document.title = {asked}</script>", tmp_path
+    )
+    assert f"<title>{widths[0]},{widths[0]},{widths[1]},{widths[1]}</title>" in seen
 
 
 @needs_browser
