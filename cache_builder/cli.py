@@ -138,7 +138,7 @@ def cache_store() -> None:
     from cache_builder.store_cli import COMMANDS
 
     yield_idle_threads()
-    run_command(COMMANDS, about="Look after a store: verify, stats, diff, gc, show, copy.")
+    run_command(COMMANDS, about="Look after a store: verify, stats, diff, gc, show, copy, export, import.")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from shared.atomic import new_folder, sync_file, sync_folder
 from shared.command import one_line
 from shared.errors import DataError
 from shared.lease import Lease, holder
-from shared.original_reading import Part, foreign_names, read_parts
+from shared.original_reading import MARKS, Part, foreign_names, read_parts
 from shared.original_settings import fitted
 from shared.progress import say
 from shared.room import require_room
@@ -71,9 +71,7 @@ def open_original(file: Path) -> Original:
         parts = read_parts(tensors)
     except DataError as error:
         raise DataError(f"{file}: {error}") from None
-    return Original(
-        file, parts, frozenset(name for name in ("v_pred", "ztsnr") if name in tensors), read_metadata(file)
-    )
+    return Original(file, parts, frozenset(name for name in MARKS if name in tensors), read_metadata(file))
 
 
 def as_folder(original: Original, given: Path | None, tokenizers: Path | None) -> Path:
