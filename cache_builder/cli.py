@@ -129,6 +129,9 @@ def _cache_serve(
 def cache_serve() -> None:
     """Console script `cache-serve`."""
     yield_idle_threads()
+    signal.signal(
+        signal.SIGTERM, signal.default_int_handler
+    )  # until the service answers it, as while it fetches a model
     run_command(_cache_serve)
 
 
