@@ -11,8 +11,9 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 from pyarrow import fs
@@ -24,6 +25,29 @@ CONNECT_TIMEOUT_S = 10.0
 REQUEST_TIMEOUT_S = 60.0
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://(.*)", re.DOTALL)
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,254}")
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """Something in a folder of a place; asked as what os.scandir gives."""
+
+    name: str
+    path: str
+    size: int
+    mtime_ns: int
+    is_folder: bool
+
+    def is_file(self, *, follow_symlinks: bool = True) -> bool:
+        """Whether it is a file; there are no links."""
+        return not self.is_folder
+
+    def is_dir(self, *, follow_symlinks: bool = True) -> bool:
+        """Whether it is a folder."""
+        return self.is_folder
+
+    def is_symlink(self) -> bool:
+        """It is none."""
+        return False
 
 
 class Place:
@@ -43,6 +67,23 @@ class Place:
         with self._translated(name):
             info = self._files.get_file_info(self._path(name))
         return int(info.size) if info.type == fs.FileType.File else None
+
+    def kind(self, name: str) -> Literal["file", "folder"] | None:
+        """What `name` is, "" for the place itself; None where nothing is called so. Raises StoreIO."""
+        with self._translated(name):
+            kind = self._files.get_file_info(self._path(name)).type
+        return "file" if kind == fs.FileType.File else "folder" if kind == fs.FileType.Directory else None
+
+    def entries(self, folder: str) -> list[Placed]:
+        """What is in a folder, in any order; raises StoreIO, DataError where there is none."""
+        with self._translated(folder):
+            found = self._files.get_file_info(fs.FileSelector(self._path(folder)))
+        return [
+            Placed(
+                info.base_name, info.path, int(info.size or 0), info.mtime_ns or 0, info.type == fs.FileType.Directory
+            )
+            for info in found
+        ]
 
     def open(self, name: str) -> Any:
         """A file that can be read at any place, as Arrow reads it; raises DataError where it is not there."""
@@ -88,7 +129,7 @@ class Place:
             file.write(data)
 
     def _path(self, name: str) -> str:
-        return f"{self._root}/{name}"
+        return f"{self._root}/{name}".rstrip("/")
 
     @contextmanager
     def _translated(self, name: str) -> Iterator[None]:

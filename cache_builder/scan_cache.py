@@ -59,6 +59,10 @@ class ScanCache:
         """What was read from `path`, relative to the data set's root, when it was in this state; None where unknown."""
         return self._tables[kind].get(_STATE.pack(*state) + path.encode())
 
+    def has(self, kind: Kind, path: str, state: State) -> bool:
+        """Whether `get` would know something; it counts as no meeting with the file."""
+        return self._tables[kind].has(_STATE.pack(*state) + path.encode())
+
     def put(self, kind: Kind, path: str, before: State, after: State, value: bytes) -> None:
         """Remember `value`, which was read from a file between two looks at it, if it has not just been changed."""
         if before == after and time.time_ns() - max(before[1], before[2]) > SETTLED_NS:
@@ -109,6 +113,10 @@ class _Table:
         self._next = at + 1
         self._met.append(at)
         return self._value(at)
+
+    def has(self, name: bytes) -> bool:
+        """Whether there is a value."""
+        return name in self._new or self._search(name) >= 0
 
     def put(self, name: bytes, value: bytes) -> None:
         """Keep a value, in place of an older one; from any thread."""
