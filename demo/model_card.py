@@ -207,7 +207,9 @@ def _how_made(model: Path) -> str:
     runs = [
         f"  {number}. `{plan.name}`, {pictures[plan.pictures]}: timesteps {plan.timesteps[0]} to "
         f"{plan.timesteps[1] - 1}, {plan.batch} a step, "
-        f"Muon at {', '.join(f'{MUON_RATE * rate:g} to step {n}' for n, rate in plan.stages)};"
+        f"Muon at {', '.join(f'{MUON_RATE * rate:g} to step {n}' for n, rate in plan.stages)}"
+        + "".join(f", `{told}`" for told in plan.sets)
+        + ";"
         for number, plan in enumerate(UNET_RUNS, 1)
     ]
     return "\n".join(
