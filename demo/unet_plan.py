@@ -53,8 +53,8 @@ PICTURE_SETS = {
 # on: half as many latents are learned from nearly twice as fast, and the VAE keeps all that captions say of them. The
 # last ones have windows among them, whose corners the ids tell: without those no id would mean anything. Two shapes in
 # one picture are what is learned last, so the last three runs have more of those, and the first of them their full
-# captions alone. Fine detail is left to whoever refines: few draws are below t = 100. (The weights in demo/model saw other
-# embeds at first: the CLIP's second fit was made before "windows", its third before "twins".)
+# captions alone. Fine detail is left to whoever refines: few draws are below t = 100. (The weights in demo/model saw
+# other embeds at first: the CLIP's second fit was made before "windows", its third before "twins".)
 UNET_RUNS = (
     UnetRun("whole", "large", (0, 1000), 64, ((1105, 1.0), (2000, 0.4))),
     UnetRun("middle", "large", (50, 750), 64, ((900, 0.4), (1700, 0.15))),
