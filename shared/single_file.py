@@ -102,10 +102,8 @@ def as_folder(original: Original, given: Path | None, tokenizers: Path | None) -
 
 
 def _write_weights(original: Original, folder: Path) -> None:
-    """Write what is not there; what another command was killed in the middle of is removed first."""
+    """Write what is not there; what another command was killed in the middle of is written again."""
     folder.mkdir(exist_ok=True)
-    for left in folder.glob(".*"):
-        left.unlink()
     todo = {part: own for part, own in original.parts.items() if not (folder / f"{part}.safetensors").exists()}
     if not todo:
         return
@@ -117,8 +115,11 @@ def _write_weights(original: Original, folder: Path) -> None:
         say(f"{len(foreign)} tensors of it are no part of SDXL and left out: {one_line(foreign[0])}, ...")
     for part, own in todo.items():
         temporary = folder / f".{part}.safetensors"
-        write_lazily(temporary, own.tensors, {})
-        os.replace(temporary, folder / f"{part}.safetensors")
+        try:
+            write_lazily(temporary, own.tensors, {})
+            os.replace(temporary, folder / f"{part}.safetensors")
+        finally:
+            temporary.unlink(missing_ok=True)  # where the disk is full after all, it is given back
     sync_folder(folder)
 
 

@@ -55,7 +55,7 @@ def over_rounds(report: Report) -> list[str]:
         return []
     return [
         "<h2>Round by round</h2>",
-        _curves(report, "Eval loss by step", "eval loss", lambda one, _: (one.loss, one.error)),
+        _curves(report, "Eval loss by step", "eval loss", lambda one, _: (one.loss, None)),
         _curves(report, "Change of loss by step", "against the start, %", _change),
         _curves(report, "CLIP score by step", "CLIP score", lambda one, _: (one.clip, None)),
     ]

@@ -1,5 +1,6 @@
 """The page of an evaluation, in a real browser where there is one: all of it is shown, and no name is run."""
 
+import html
 import re
 import shutil
 import subprocess
@@ -7,8 +8,20 @@ from pathlib import Path
 
 import pytest
 
+from trainer.lineup import START
 from trainer.plot import Line, line_plot, log_ticks, tick_texts, ticks
-from trainer.report import Answerer, Choice, JudgedExpert, Report, Round, StretchLoss, SweepPoint, read_report
+from trainer.report import (
+    Answerer,
+    Choice,
+    HandOver,
+    JudgedExpert,
+    LatentFacts,
+    Report,
+    Round,
+    StretchLoss,
+    SweepPoint,
+    read_report,
+)
 from trainer.report_page import report_page
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -76,6 +89,22 @@ def test_a_browser_shows_the_whole_page(tmp_path: Path) -> None:
 
 
 @needs_browser
+def test_the_page_does_not_scroll_sideways(tmp_path: Path) -> None:
+    """Its widest table, of what is handed over, scrolls by itself. Widths of the page's content and of its window."""
+    facts = LatentFacts(mean=[-0.58141] * 4, variance=[12.3456] * 4, power=[1.0] * 8)
+    over = [HandOver(candidate=name, timestep=366.0, pictures=8, drawn=facts, real=facts) for name in (START, "a" * 40)]
+    page = html.escape(report_page(report(round_of(1).model_copy(update={"handover": over})), tmp_path))
+    widths = (1100, 500)
+    frames = [f'<iframe style="width: {px}px; height: 99999px; border: 0" srcdoc="{page}"></iframe>' for px in widths]
+    sizes = "[one.contentDocument.documentElement.scrollWidth, one.clientWidth]"
+    asked = f"[...document.querySelectorAll('iframe')].flatMap(one => {sizes}).join()"
+    seen = opened(
+        f"<title>-</title>{''.join(frames)}<script>onload = () => document.title = {asked}</script>", tmp_path
+    )
+    assert f"<title>{widths[0]},{widths[0]},{widths[1]},{widths[1]}</title>" in seen
+
+
+@needs_browser
 def test_names_are_text_and_nothing_else(tmp_path: Path) -> None:
     page = report_page(report(round_of(1, HOSTILE), model=HOSTILE, notes=[HOSTILE]), tmp_path)
     seen = opened(page, tmp_path)
@@ -139,3 +168,15 @@ def test_a_plot_lies_within_its_frame_and_takes_a_logarithm_where_values_spread(
     assert middle[1] < middle[2] < middle[0]
     assert abs(middle[2] - middle[1]) < 0.5 * abs(middle[0] - middle[1])  # linear, 0.5 would lie low
     assert line_plot("t", [Line("a", [], 0)], "x", "y") == ""
+
+
+def test_a_legend_of_long_names_takes_more_rows_and_names_what_is_there(tmp_path: Path) -> None:
+    lines = [Line(f"an expert with a long name, number {i}", [(0, 1.0), (1, 2.0)], i) for i in range(4)]
+    svg = line_plot("t", [*lines, Line("nobody", [], 5)], "x", "y")
+    assert "nobody" not in svg
+    rows = {float(y) for y in re.findall(r'<text x="[\d.]+" y="(\d+)">an expert', svg)}
+    assert len(rows) == 2
+    height, down = (int(re.search(pattern, svg)[1]) for pattern in (r"0 0 760 (\d+)", r"translate\(0 (\d+)\)"))  # type: ignore[index]
+    assert height - 300 == down > 0
+    assert max(rows) < down + 34
+    assert "translate(0 0)" in line_plot("t", lines[:1], "x", "y")
