@@ -5,7 +5,7 @@ lies within NEAR_BITS of a held-out hash and looks the same is held out too.
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -13,6 +13,7 @@ import numpy as np
 
 from cache_builder.config import SplitRules
 from cache_builder.pixels import difference_hashes
+from shared.scratch import Column
 
 # Copies at 50 to 90 % of the size, as JPEG of quality 60 to 90, or both, of 1,300 photo-like pictures, clip art, line
 # art and sketches of 64 px and more: at most 5 bits, 4.2 levels, and 0.5 levels + 0.19 of the contrast; of 300 shapes
@@ -27,22 +28,20 @@ ROUNDING = 1e-3  # levels; more than what float32 means of bytes are off by
 THUMBNAIL_HWC = (8, 9, 3)
 THUMBNAIL_BYTES = 8 * 9 * 3
 Thumbnail = bytes
-"""Pixels of one, row by row: bytes, because a million small arrays take several times the memory."""
+"""Pixels of one, row by row."""
 Thumbnails = np.ndarray[Any, np.dtype[np.uint8]]
+Flags = np.ndarray[Any, np.dtype[np.bool_]]
 
 
-def held_out(rules: SplitRules, paths: Sequence[str], thumbnails: Sequence[Thumbnail]) -> list[bool]:
-    """For each sample, by its path and thumbnail, whether it is held out of training."""
+def held_out(rules: SplitRules, paths: Iterable[str], thumbs: Thumbnails) -> Flags:
+    """For each sample, by its path and thumbnail [N, 8, 9, 3], whether it is held out of training."""
     if rules.group == "folder":
-        return [_chosen(rules, str(PurePosixPath(path).parent).encode()) for path in paths]
-    if not thumbnails:
-        return []
-    thumbs = np.frombuffer(b"".join(thumbnails), np.uint8).reshape(-1, *THUMBNAIL_HWC)
-    hashes = np.concatenate([difference_hashes(part) for part in _parts(thumbs)])
-    chosen = np.array([_chosen(rules, value.to_bytes(8, "big")) for value in hashes.tolist()], bool)
+        return np.array([_chosen(rules, str(PurePosixPath(path).parent).encode()) for path in paths], bool)
+    hashes = _by_parts(len(thumbs), np.uint64, lambda part: difference_hashes(thumbs[part]))
+    chosen = np.array([_chosen(rules, int(value).to_bytes(8, "big")) for value in hashes], bool)
     if chosen.any():
         _follow_near_copies(chosen, hashes, thumbs)
-    return [bool(is_held_out) for is_held_out in chosen]
+    return chosen
 
 
 def _chosen(rules: SplitRules, group: bytes) -> bool:
@@ -52,7 +51,7 @@ def _chosen(rules: SplitRules, group: bytes) -> bool:
 
 
 def _follow_near_copies(
-    chosen: np.ndarray[Any, np.dtype[np.bool_]],  # [N], changed in place
+    chosen: Flags,  # [N], changed in place
     hashes: np.ndarray[Any, np.dtype[np.uint64]],  # [N]
     thumbs: Thumbnails,  # [N, 8, 9, 3]
 ) -> None:
@@ -60,13 +59,14 @@ def _follow_near_copies(
 
     Copies are alike in brightness too, so only a window of all pictures in order of brightness is looked at.
     """
-    mean = np.concatenate([_mean(part) for part in _parts(thumbs)])  # [N, 3]
-    contrast = np.concatenate([np.abs(part - _mean(part)[:, None, None]).mean((1, 2, 3)) for part in _parts(thumbs)])
-    alike = np.minimum(NEAR_LEVELS, NEAR_NOISE + NEAR_SHARE * contrast)
-    order = np.argsort(mean.mean(axis=1), kind="stable")
-    brightness, mean, hashes = mean.mean(axis=1)[order], mean[order], hashes[order]
+    count = len(thumbs)
+    brightness = _by_parts(count, np.float32, lambda part: _mean(thumbs[part]).mean(axis=1))
+    order = np.argsort(brightness, kind="stable").astype(np.uint32)
     place = np.empty_like(order)
-    place[order] = np.arange(len(order))
+    place[order] = np.arange(count, dtype=np.uint32)
+    brightness, hashes = brightness[order], hashes[order]
+    mean = _by_parts(count, np.dtype((np.float32, 3)), lambda part: _mean(thumbs[order[part]]))
+    alike = _by_parts(count, np.float32, lambda part: _alike(thumbs[part]))
     frontier = list(np.flatnonzero(chosen))
     while frontier:
         index = frontier.pop()
@@ -82,6 +82,12 @@ def _follow_near_copies(
         frontier += list(copies)
 
 
+def _alike(thumbs: Thumbnails) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """Up to what mean difference each of them, [N], is the same as another."""
+    contrast = np.abs(thumbs - _mean(thumbs)[:, None, None]).mean((1, 2, 3))
+    return np.asarray(np.minimum(NEAR_LEVELS, NEAR_NOISE + NEAR_SHARE * contrast))
+
+
 def _mean(thumbs: Thumbnails) -> np.ndarray[Any, np.dtype[np.float32]]:
     """Mean colour of each thumbnail, [N, 3]: a product of matrices, exact in float32, in a tenth of mean's time."""
     pixels = thumbs.shape[1] * thumbs.shape[2]
@@ -89,6 +95,9 @@ def _mean(thumbs: Thumbnails) -> np.ndarray[Any, np.dtype[np.float32]]:
     return (thumbs.reshape(len(thumbs), -1).astype(np.float32) @ summing) / np.float32(pixels)
 
 
-def _parts(thumbs: Thumbnails) -> Iterator[Thumbnails]:
-    """A few thousand at once: what is worked out of them is much larger than they are."""
-    return (thumbs[first : first + 4096] for first in range(0, len(thumbs), 4096))
+def _by_parts(count: int, dtype: Any, work: Callable[[slice], np.ndarray[Any, Any]]) -> np.ndarray[Any, Any]:
+    """[count, ...] of work(part), outside of memory: a few thousand at once, for what it works out is much larger."""
+    found = Column(dtype)
+    for first in range(0, count, 4096):
+        found.append(work(slice(first, min(first + 4096, count))).astype(found.dtype.base).tobytes())
+    return found.array

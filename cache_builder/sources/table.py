@@ -109,10 +109,13 @@ class TableSource:
                 read = partial(self._shelf.read, file, column, row.number)
             else:
                 name = path = relative_path(cell)
-                read = partial(read_beneath, self._folder, path, self._max_bytes)
+                read = partial(self._read_file, path)
             return Found(path, columns.captions(row.values, name), read, columns.meta(row.values))
         except DataError as error:
             return complaints.skip(row.number, str(error))
+
+    def _read_file(self, path: str) -> bytes:
+        return read_beneath(self._folder, path, self._max_bytes)
 
     def _cell(self, values: Mapping[str, Any]) -> tuple[str, Any]:
         """The column that holds the row's picture, and what it holds; raises DataError."""

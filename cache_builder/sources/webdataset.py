@@ -105,8 +105,11 @@ class WebDatasetSource:
             captions, meta = self._texts(shard, name, texts)
         except DataError as error:
             return shard.complaints.skip(printable(item.name)[:200], str(error))
-        read = partial(read_span, shard.folder, shard.path, item.start, item.size, self._max_bytes)
+        read = partial(self._read_span, os.fspath(shard.folder), shard.path, item.start, item.size)
         return Found(f"{shard.label}/{name}", captions, read, meta)
+
+    def _read_span(self, folder: str, path: str, start: int, size: int) -> bytes:
+        return read_span(Path(folder), path, start, size, self._max_bytes)
 
     def _texts(
         self, shard: "_Shard", name: str, texts: Sequence[tuple[str, Member | Refused]]
