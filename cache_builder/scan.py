@@ -76,7 +76,9 @@ class Scanner:
         """Add the pictures of one source; which of `samples` are its samples."""
         first = len(samples)
         samples.datasets.append(DataSet(source.dataset_id, self.pixel_rules, self.limits))
-        cache = ScanCache(self.memory and cache_path(self.memory, source.dataset_id), rehash=self.rehash)
+        cache = ScanCache(
+            self.memory and cache_path(self.memory, source.dataset_id), rehash=self.rehash, remember=self.remember
+        )
         if isinstance(source, Remembering):
             source.cache = cache
         looker = Looker(self.pixel_rules, self.limits, store, cache)
@@ -85,8 +87,7 @@ class Scanner:
                 self._add(samples, item, captions, look())
             except DataError as error:
                 self.report.quarantined.append((item.path, str(error)))
-        if self.remember:
-            cache.save()
+        cache.save()
         return self._settle(samples, first)
 
     def _wanted(self, source: Source) -> Iterator[tuple[Found, tuple[str, ...]]]:

@@ -41,7 +41,7 @@ class Column:
     def __len__(self) -> int:
         return int((self._written + len(self._pending)) // self.dtype.itemsize)
 
-    def append(self, rows: bytes) -> None:
+    def append(self, rows: bytes | memoryview) -> None:
         """Add whole rows."""
         self._pending += rows
         if len(self._pending) >= WRITTEN_AT_ONCE:
