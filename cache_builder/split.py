@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from cache_builder.config import SplitRules
+from cache_builder.key_arrays import parts
 from cache_builder.pixels import difference_hashes
 from shared.scratch import Column
 
@@ -25,6 +26,7 @@ NEAR_LEVELS = 4.5  # mean difference between two thumbnails, of 255
 NEAR_NOISE, NEAR_SHARE = 0.5, 0.2  # levels, and of the contrast of the flatter one
 ROUNDING = 1e-3  # levels; more than what float32 means of bytes are off by
 
+AT_ONCE = 1024  # thumbnails; what is worked out of them is much larger
 THUMBNAIL_HWC = (8, 9, 3)
 THUMBNAIL_BYTES = 8 * 9 * 3
 Thumbnail = bytes
@@ -38,7 +40,7 @@ def held_out(rules: SplitRules, paths: Iterable[str], thumbs: Thumbnails) -> Fla
     if rules.group == "folder":
         return np.array([_chosen(rules, str(PurePosixPath(path).parent).encode()) for path in paths], bool)
     hashes = _by_parts(len(thumbs), np.uint64, lambda part: difference_hashes(thumbs[part]))
-    chosen = np.array([_chosen(rules, int(value).to_bytes(8, "big")) for value in hashes], bool)
+    chosen = np.fromiter((_chosen(rules, int(value).to_bytes(8, "big")) for value in hashes), bool, len(hashes))
     if chosen.any():
         _follow_near_copies(chosen, hashes, thumbs)
     return chosen
@@ -76,10 +78,11 @@ def _follow_near_copies(
         near = first + np.flatnonzero(np.bitwise_count(hashes[first:last] ^ hashes[at]) <= NEAR_BITS)
         near = order[near[np.abs(mean[near] - mean[at]).mean(axis=1) <= reach]]
         near = near[~chosen[near]]
-        difference = np.abs(thumbs[near].astype(np.int16) - thumbs[index]).mean(axis=(1, 2, 3))
-        copies = near[difference <= np.minimum(alike[near], alike[index])]
-        chosen[copies] = True
-        frontier += list(copies)
+        for some in parts(near, AT_ONCE):
+            difference = np.abs(thumbs[some].astype(np.int16) - thumbs[index]).mean(axis=(1, 2, 3))
+            copies = some[difference <= np.minimum(alike[some], alike[index])]
+            chosen[copies] = True
+            frontier += list(copies)
 
 
 def _alike(thumbs: Thumbnails) -> np.ndarray[Any, np.dtype[np.float32]]:
@@ -96,8 +99,8 @@ def _mean(thumbs: Thumbnails) -> np.ndarray[Any, np.dtype[np.float32]]:
 
 
 def _by_parts(count: int, dtype: Any, work: Callable[[slice], np.ndarray[Any, Any]]) -> np.ndarray[Any, Any]:
-    """[count, ...] of work(part), outside of memory: a few thousand at once, for what it works out is much larger."""
+    """[count, ...] of work(part), outside of memory: some at once, for what it works out is much larger."""
     found = Column(dtype)
-    for first in range(0, count, 4096):
-        found.append(work(slice(first, min(first + 4096, count))).astype(found.dtype.base).tobytes())
+    for first in range(0, count, AT_ONCE):
+        found.append(work(slice(first, min(first + AT_ONCE, count))).astype(found.dtype.base).tobytes())
     return found.array

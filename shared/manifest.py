@@ -18,10 +18,10 @@ import os
 import re
 import time
 import weakref
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import msgpack
 import numpy as np
@@ -46,6 +46,14 @@ MANIFEST_FORMAT = 1
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _METADATA_KEY = b"sdxl-experts"
+
+
+@runtime_checkable
+class SizedRows(Protocol):
+    """Rows that are counted, and can be gone through as often as one likes."""
+
+    def __len__(self) -> int: ...
+    def __iter__(self) -> Iterator[ManifestRow]: ...
 
 
 class _ManifestAbsent(ManifestMismatch):
@@ -156,7 +164,7 @@ def seal_manifest(
     there but damaged is made anew. Raises ManifestMismatch where NAME holds other data sets and `replace` is
     not given, or where more than a tenth of its rows would be lost and `allow_shrink` is not given.
     """
-    ordered = rows if in_order and isinstance(rows, Collection) else sorted(rows, key=ManifestRow.order)
+    ordered = rows if in_order and isinstance(rows, SizedRows) else sorted(rows, key=ManifestRow.order)
     digest = manifest_digest(settings, ordered)
     folder = _folder(store, name)
     check_data_sets(store, name, settings.datasets, replace=replace)
@@ -254,7 +262,7 @@ def _check_shrinking(old: Manifest | None, count: int, allow_shrink: bool) -> No
         )
 
 
-def _write(folder: Path, digest: str, settings: ManifestSettings, ordered: Collection[ManifestRow]) -> None:
+def _write(folder: Path, digest: str, settings: ManifestSettings, ordered: SizedRows) -> None:
     card = {"format": MANIFEST_FORMAT, "digest": digest, "settings": settings.as_json()}
     schema = schema_of(settings).with_metadata({_METADATA_KEY: json.dumps(card, sort_keys=True).encode()})
     columns = make_columns(schema, ordered, folder)
