@@ -47,13 +47,21 @@ class BuildOptions:
     """Whether files are read that have not changed since the last build, by their size, times and inode."""
 
 
-def build(sources: Sequence[Source], model: Path, config: BuildConfig, options: BuildOptions) -> BuildReport:
+def build(
+    sources: Sequence[Source],
+    model: Path,
+    config: BuildConfig,
+    options: BuildOptions,
+    report: BuildReport | None = None,
+) -> BuildReport:
     """Encode what is missing of `sources` into the store and seal a manifest of them; returns the account.
 
+    An empty `report` that is given is filled, also where the build then fails.
     Raises DataError (nothing to train on, too much unreadable), StoreLocked, StoreFull and the other StoreErrors.
     """
     started_s = time.monotonic()
-    report = BuildReport(manifest=options.manifest)
+    report = report or BuildReport()
+    report.manifest = options.manifest
     device_names(options.device)  # a wrong device or model is said before a store is made
     for part in ("vae", "text_encoder", "text_encoder_2"):
         find_weights(model / part)

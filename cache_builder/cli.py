@@ -14,7 +14,13 @@ Folder = Annotated[
     typer.Argument(help="Folder of pictures with captions (cat.png, cat.txt), a table, or .tar shards."),
 ]
 StorePath = Annotated[Path, typer.Option("--store", help="Store to add to; made where there is none.")]
-Model = Annotated[str, typer.Option("--model", help="SDXL-layout model: a diffusers folder or a Hub id.")]
+Model = Annotated[
+    str, typer.Option("--model", help="SDXL-layout model: a diffusers folder, a Hub id, or one .safetensors file.")
+]
+ModelConfig = Annotated[
+    str | None,
+    typer.Option(help="With --model FILE: folder or Hub id of its tokenizers and settings, if not beside it."),
+]
 Name = Annotated[str, typer.Option("--manifest", help="Name of the manifest to seal.")]
 Resolution = Annotated[int | None, typer.Option(help="Short for --set images.resolution=N, pixels.")]
 Configs = Annotated[list[Path] | None, typer.Option("--config", help="TOML file; several are layered, later ones win.")]
@@ -54,6 +60,7 @@ def _cache_build(
     dry_run: DryRun = False,
     no_timing: NoTiming = False,
     decode: Decode = False,
+    model_config: ModelConfig = None,
 ) -> None:
     """Encode captioned pictures, FOLDER or the data sets of --config, into a store, once; reuse what is stored."""
     from cache_builder.build import BuildOptions, build
@@ -71,7 +78,8 @@ def _cache_build(
     texts = tuple(dict.fromkeys(read_prompts_file(prompts))) if prompts else ()
     settings = choose_datasets(settings, folder, dataset)
     sources = open_sources(settings.datasets)
-    model_folder = resolve_model(model, ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
+    needed = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+    model_folder = resolve_model(model, needed, model_config)
     options = BuildOptions(store, manifest, device, wait, replace, allow_shrink, texts, rehash)
     if dry_run:
         from cache_builder import dry_run as rehearsed
@@ -91,6 +99,35 @@ def cache_build() -> None:
     yield_idle_threads()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a supervisor's stop is Ctrl-C: one line, and 75
     run_command(_cache_build)
+
+
+ServeConfigs = Annotated[list[Path], typer.Option("--config", help="TOML file (configs/serve.toml); later ones win.")]
+FirstReplace = Annotated[bool, typer.Option("--replace", help="As for cache-build; for the first build alone.")]
+FirstShrink = Annotated[bool, typer.Option("--allow-shrink", help="As for cache-build; for the first build alone.")]
+
+
+def _cache_serve(
+    config: ServeConfigs, sets: Sets = None, replace: FirstReplace = False, allow_shrink: FirstShrink = False
+) -> None:
+    """Keep a store up to date as pictures arrive in the folders of --config, with a page that shows it."""
+    from cache_builder.serve_config import ServeConfig
+    from shared.config import load_config
+    from shared.errors import ConfigError
+
+    settings = load_config(ServeConfig, config, sets or [])
+    try:
+        from cache_builder.serve import ServeOptions, serve
+    except ModuleNotFoundError as error:
+        if error.name != "watchfiles":
+            raise
+        raise ConfigError("cache-serve watches by watchfiles: pip install 'sdxl-experts[serve]'") from None
+    serve(settings, ServeOptions(replace, allow_shrink))
+
+
+def cache_serve() -> None:
+    """Console script `cache-serve`."""
+    yield_idle_threads()
+    run_command(_cache_serve)
 
 
 def cache_store() -> None:

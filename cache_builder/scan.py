@@ -24,8 +24,11 @@ from cache_builder.sources import Found, Remembering, Skipped, Source
 from cache_builder.texts import filter_captions, says_a_side, write_texts
 from shared.errors import DataError
 from shared.pictures import PictureError, PixelLimits, PixelRules
+from shared.progress import progress
 from shared.store import Store
 from shared.vae import EncodeDtype
+
+SCANNED_AT_ONCE = 64  # pictures between two signs of life
 
 
 @dataclass
@@ -82,11 +85,15 @@ class Scanner:
         if isinstance(source, Remembering):
             source.cache = cache
         looker = Looker(self.pixel_rules, self.limits, store, cache)
-        for (item, captions), look in look_at(looker, self._wanted(source), self.config.encode.threads):
-            try:
-                self._add(samples, item, captions, look())
-            except DataError as error:
-                self.report.quarantined.append((item.path, str(error)))
+        with progress(f"scan of {source.dataset_id}", None, "pictures") as advance:
+            looks = look_at(looker, self._wanted(source), self.config.encode.threads)
+            for number, ((item, captions), look) in enumerate(looks, 1):
+                try:
+                    self._add(samples, item, captions, look())
+                except DataError as error:
+                    self.report.quarantined.append((item.path, str(error)))
+                if not number % SCANNED_AT_ONCE:
+                    advance(SCANNED_AT_ONCE)
         cache.save()
         return self._settle(samples, first)
 

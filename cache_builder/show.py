@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from cache_builder.keys import image_digest
-from cache_builder.sources.files import read_regular
 from shared.atomic import write_atomically
+from shared.beneath import read_regular
 from shared.errors import ConfigError, ContractError, DataError, RecordCorrupt
 from shared.manifest import Manifest, open_manifest
 from shared.manifest_rows import ManifestRow

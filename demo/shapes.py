@@ -8,6 +8,7 @@ one caption a line. Nothing here knows of models, so it starts in a blink.
 """
 
 import argparse
+import json
 import re
 import sys
 from collections.abc import Sequence
@@ -29,18 +30,30 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def write_shapes(
-    out: Path, count: int = 512, seed: int = 0, *, held_out: bool = False, sizes_hw: Sequence[Size] = SIZES_HW
+    out: Path,
+    count: int = 512,
+    seed: int = 0,
+    *,
+    held_out: bool = False,
+    sizes_hw: Sequence[Size] = SIZES_HW,
+    metadata: bool = False,
 ) -> Path:
     """Write `count` pictures and their captions into the folder `out`, over those of the same name.
 
-    With `held_out` every picture shows a combination of kind and colour that is in none of the others.
+    With `held_out` every picture shows a combination of kind and colour that is in none of the others. With `metadata`
+    a metadata.jsonl says how many `shapes` each one shows on which `ground`, for trainers that select or weigh by it.
     """
     out.mkdir(parents=True, exist_ok=True)
+    rows = []
     for index in range(count):
         scene = make_scene(seed, index, held_out=held_out, sizes_hw=sizes_hw)
         # The captions go first: whoever watches the folder never finds a picture without one.
         (out / f"shape-{index:05d}.txt").write_text("\n".join(describe(scene)) + "\n", encoding="utf-8")
         draw(scene).save(out / f"shape-{index:05d}.png")
+        facts = {"shapes": len(scene.shapes), "ground": scene.ground.style}
+        rows.append(json.dumps({"file_name": f"shape-{index:05d}.png", **facts}))
+    if metadata:
+        (out / "metadata.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
     return out
 
 
@@ -58,12 +71,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="height and width of pictures in px, 64 to 128; may be given again (default: nine sizes)",
     )
     parser.add_argument("--held-out", action="store_true", help="only what is held out: to judge with, not to train on")
+    parser.add_argument("--metadata", action="store_true", help="metadata.jsonl too: shapes, kind of ground")
     options = parser.parse_args(arguments)
     if options.count < 1:
         parser.error(f"argument --count: must be at least 1, not {options.count}")
     sizes_hw = options.size or SIZES_HW
     try:
-        write_shapes(options.out, options.count, options.seed, held_out=options.held_out, sizes_hw=sizes_hw)
+        write_shapes(
+            options.out,
+            options.count,
+            options.seed,
+            held_out=options.held_out,
+            sizes_hw=sizes_hw,
+            metadata=options.metadata,
+        )
     except OSError as error:
         parser.error(f"cannot write to {options.out}: {error.strerror or error}")
     print(f"{options.count} pictures in {options.out}")

@@ -124,7 +124,20 @@ def make_store(out: Path, device: str) -> None:
 
 def _draw(folder: Path, count: int, seed: int, sizes_hw: Sequence[Size]) -> None:
     sizes = [part for h, w in sizes_hw for part in ("--size", f"{h}x{w}")]
-    run([sys.executable, "-m", "demo.shapes", str(folder), "--count", str(count), "--seed", str(seed), *sizes])
+    run(
+        [
+            sys.executable,
+            "-m",
+            "demo.shapes",
+            str(folder),
+            "--count",
+            str(count),
+            "--seed",
+            str(seed),
+            "--metadata",
+            *sizes,
+        ]
+    )
 
 
 def make_unet(out: Path, device: str) -> None:
@@ -158,7 +171,7 @@ def _train(out: Path, plan: UnetRun, begin: Path, device: str) -> None:
             rates = (f"optimizer.learning_rate={LEARNING_RATE * share:g}", f"optimizer.muon_rate={MUON_RATE * share:g}")
             # One process has the cores for itself here, so its threads need not make room for others.
             busy = {"OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "ACTIVE")}
-            run([*command, *_sets((*always, *rates, f"steps={steps}"))], busy)
+            run([*command, *_sets((*always, *plan.sets, *rates, f"steps={steps}"))], busy)
 
 
 def _sets(settings: Sequence[str]) -> list[str]:

@@ -26,7 +26,7 @@ class PictureSet:
 class UnetRun:
     """One run of `train-expert`, from the average of the one before it.
 
-    stages: (steps in all, share of both rates up to there).
+    stages: (steps in all, share of both rates up to there). sets: what else `train-expert` is told.
     """
 
     name: str
@@ -34,6 +34,7 @@ class UnetRun:
     timesteps: tuple[int, int]
     batch: int
     stages: tuple[tuple[int, float], ...]
+    sets: tuple[str, ...] = ()
 
 
 PICTURE_SETS = {

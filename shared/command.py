@@ -25,8 +25,7 @@ def run_command(
 
     Several functions are subcommands by their names; `about` is then what the whole is for.
     """
-    # diffusers and peft import bitsandbytes wherever it is, which then tells what of it this machine cannot use.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    quiet_libraries()
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=about or None)
     if isinstance(function, Mapping):
         for name, each in function.items():
@@ -40,7 +39,7 @@ def run_command(
     except ExpertsError as error:
         _fail(error)
     except OSError as error:
-        _fail(_explain_os_error(error))
+        _fail(explain_os_error(error))
     except UnicodeEncodeError as error:  # LMDB, Arrow and safetensors take paths as text
         _fail(ConfigError(f"{error.object}: names that are not UTF-8 cannot be used here"))
     sys.exit(code if isinstance(code, int) else 0)
@@ -57,6 +56,14 @@ def _interruptible(function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+def quiet_libraries() -> None:
+    """Keep off stderr what is no business of the user's.
+
+    diffusers and peft import bitsandbytes wherever it is, which then tells what of it this machine cannot use.
+    """
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
 def yield_idle_threads() -> None:
     """Let OpenMP threads that wait sleep; call it before torch is imported.
 
@@ -71,7 +78,8 @@ def one_line(text: str) -> str:
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
-def _explain_os_error(error: OSError) -> ExpertsError:
+def explain_os_error(error: OSError) -> ExpertsError:
+    """An error of the system's as one of ours, with its exit code."""
     import errno
 
     where = f"{error.filename}: " if error.filename else ""

@@ -124,6 +124,10 @@ class Manifest:
         """Digest of each row's picture."""
         return list(self._table.column("image_digest").to_pylist())
 
+    def all_sample_ids(self) -> np.ndarray[Any, np.dtype[np.bytes_]]:
+        """Ids of all rows, in order, S16 (numpy cuts trailing zeros)."""
+        return _keys(self._table.column("sample_id"))
+
     def sample_ids(self, indices: Sequence[int]) -> list[bytes]:
         """Ids of the rows at `indices`, in that order."""
         return list(self._table.column("sample_id").take(pa.array(indices, pa.int64())).to_pylist())

@@ -1,35 +1,45 @@
-"""`--model`: a folder in diffusers layout, or a Hub id fetched into one; safetensors only, no code that came along."""
+"""`--model`: a folder in diffusers layout, a Hub id fetched into one, or one file in the original layout made into one.
+
+Safetensors only, and no code that came along.
+"""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from shared.command import one_line
-from shared.errors import DataError
+from shared.errors import ConfigError, DataError
+from shared.single_file import TOKENIZERS, as_folder, open_original, require_parts
 from shared.weights import read_json_object
 
 COMPONENTS = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "unet", "scheduler")
-_SINGLE_FILES = (".safetensors", ".ckpt")
+SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
+_SINGLE_FILE, _PICKLES = (".safetensors",), (".ckpt", ".pt", ".pth", ".bin")
 _TEXT_SUFFIXES = (".json", ".txt")
 _MOST_README, _LONGEST = 100_000, 300  # characters that are read of a card, and kept of what it says
 
 
-def resolve_model(model: str, components: Sequence[str] = COMPONENTS) -> Path:
-    """The folder of `model`; a Hub id ("segmind/SSD-1B") is fetched first, only the `components` that are needed.
+def resolve_model(model: str, components: Sequence[str] = COMPONENTS, config: str | None = None) -> Path:
+    """The folder of `model`, which may be three things:
 
-    Raises DataError where there is neither such a folder nor such a repository.
+    a folder in diffusers layout; a Hub id ("segmind/SSD-1B"), of which the `components` that are needed are fetched
+    first; one .safetensors file in SDXL's original layout, converted once (shared/single_file.py). `config`, a folder
+    or Hub id, has the tokenizers that such a file lacks, and settings that no shape tells.
+
+    Raises DataError where there is none such or something of it is missing, ConfigError where `config` is for nothing.
     """
-    folder = Path(model).expanduser()
-    if folder.is_dir():
-        if not (folder / "model_index.json").exists():
-            raise DataError(f"{folder} has no model_index.json: --model wants a model in diffusers layout, or a Hub id")
-        return folder
-    if folder.suffix in _SINGLE_FILES:
-        raise DataError(
-            f"{folder} is one file, and --model wants a folder in diffusers layout: load it by diffusers' "
-            "StableDiffusionXLPipeline.from_single_file and write it with save_pretrained"
+    path = Path(model).expanduser()
+    if path.suffix in (*_SINGLE_FILE, *_PICKLES) and not path.is_dir():
+        return _from_file(path, components, config)
+    if config is not None:
+        raise ConfigError(
+            "--model-config is for a --model that is one .safetensors file: a folder has its own settings"
         )
-    if model.count("/") != 1 or model.startswith((".", "/", "~")):
-        raise DataError(f"no model folder {folder}")
+    if path.is_dir():
+        if not (path / "model_index.json").exists():
+            raise DataError(f"{path} has no model_index.json: --model wants a model in diffusers layout, or a Hub id")
+        return path
+    if not _is_hub_id(model):
+        raise DataError(f"no model folder {path}")
     return _fetch(model, components)
 
 
@@ -41,7 +51,7 @@ def resolve_clip(model: str) -> Path:
     folder = Path(model).expanduser()
     if folder.is_dir():
         return folder
-    if model.count("/") != 1 or model.startswith((".", "/", "~")):
+    if not _is_hub_id(model):
         raise DataError(f"no CLIP folder {folder}")
     return _snapshot(model, ["*.json", "*.txt", "*.safetensors"], "CLIP")
 
@@ -63,6 +73,57 @@ def read_licence(folder: Path) -> str:
     licence = said.get("license") or _index_licence(folder / "model_index.json")
     more = ", ".join(said[key] for key in ("license_name", "license_link") if said.get(key))
     return f"{licence}: {more}" if licence and more else licence
+
+
+def _from_file(file: Path, components: Sequence[str], config: str | None) -> Path:
+    if not file.is_file():
+        raise DataError(f"no model file {file}")
+    if file.suffix in _PICKLES:
+        raise DataError(
+            f"{file} is a pickle, which may hold any program: convert it to .safetensors once, in a place where "
+            "you trust it"
+        )
+    original = open_original(file)
+    require_parts(original, components)
+    beside = file.with_suffix("")
+    given = beside if (beside / "model_index.json").exists() else None
+    if config is not None:
+        given = _settings_folder(config)
+    wanted = [part for part in TOKENIZERS if part in components]
+    tokenizers = given if given is not None and all((given / part).is_dir() for part in wanted) else None
+    if wanted and tokenizers is None:
+        tokenizers = _sdxl_tokenizers(file, given)
+    return as_folder(original, given, tokenizers)
+
+
+def _settings_folder(config: str) -> Path:
+    folder = Path(config).expanduser()
+    if not folder.is_dir() and _is_hub_id(config):
+        return _snapshot(config, ["*.json", "*.txt"], "model")
+    if not any((folder / part).is_dir() for part in COMPONENTS):
+        raise DataError(
+            f"--model-config {config}: no folder with one of {', '.join(f'{part}/' for part in COMPONENTS)}"
+        )
+    return folder
+
+
+def _sdxl_tokenizers(file: Path, given: Path | None) -> Path:
+    """SDXL's own, which its whole family shares, from the Hub or its cache."""
+    way_out = "name a folder (or Hub id) that has tokenizer/ and tokenizer_2/ with --model-config"
+    if given is not None:
+        raise DataError(f"{file} holds no tokenizers, as no such file does, and {given} has none: {way_out}")
+    patterns = [f"{part}/*{suffix}" for part in TOKENIZERS for suffix in _TEXT_SUFFIXES]
+    try:
+        folder = _snapshot(SDXL, patterns, "tokenizer")
+    except DataError as error:
+        raise DataError(f"{file} holds no tokenizers, as no such file does; {error}; {way_out}") from None
+    if not all((folder / part).is_dir() for part in TOKENIZERS):
+        raise DataError(f"{file} holds no tokenizers, as no such file does, nor does the Hub's cache: {way_out}")
+    return folder
+
+
+def _is_hub_id(name: str) -> bool:
+    return name.count("/") == 1 and not name.startswith((".", "/", "~"))
 
 
 def _front_matter(readme: Path) -> dict[str, str]:

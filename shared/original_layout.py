@@ -19,10 +19,16 @@ _VAE_ATTENTION = {
     "group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out",
     "query": "q", "key": "k", "value": "v", "proj_attn": "proj_out",  # as older folders have them
 }  # fmt: skip
-_BIG_G = {
+BIG_G = {
     "layer_norm1": "ln_1", "layer_norm2": "ln_2", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj",
     "self_attn.out_proj": "attn.out_proj",
 }  # fmt: skip
+BIG_G_OUTSIDE = {
+    "embeddings.position_embedding.weight": "positional_embedding",
+    "embeddings.token_embedding.weight": "token_embedding.weight",
+    "final_layer_norm.weight": "ln_final.weight",
+    "final_layer_norm.bias": "ln_final.bias",
+}
 
 
 def unet_modules(config: Mapping[str, Any]) -> dict[str, str]:
@@ -118,17 +124,11 @@ def original_big_g(tensors: Mapping[str, LazyTensor], embedder: int) -> dict[str
 
 
 def _open_clip(tensors: Mapping[str, LazyTensor]) -> Iterator[tuple[str, LazyTensor]]:
-    outside = {
-        "embeddings.position_embedding.weight": "positional_embedding",
-        "embeddings.token_embedding.weight": "token_embedding.weight",
-        "final_layer_norm.weight": "ln_final.weight",
-        "final_layer_norm.bias": "ln_final.bias",
-    }
     for name, tensor in tensors.items():
         if name == "text_projection.weight":
             yield "text_projection", transposed(tensor)
-        elif name in outside:
-            yield outside[name], tensor
+        elif name in BIG_G_OUTSIDE:
+            yield BIG_G_OUTSIDE[name], tensor
         elif name.endswith("position_ids") or ".k_proj." in name or ".v_proj." in name:
             continue
         else:
@@ -138,7 +138,7 @@ def _open_clip(tensors: Mapping[str, LazyTensor]) -> Iterator[tuple[str, LazyTen
                 parts = [tensors[name.replace(".q_proj.", f".{which}_proj.")] for which in "qkv"]
                 yield f"{place}.attn.in_proj_{name.rpartition('.')[2]}", joined(parts)
             else:
-                yield f"{place}.{original_name(rest, _BIG_G)}", tensor
+                yield f"{place}.{original_name(rest, BIG_G)}", tensor
 
 
 def _resnet(module: str, there: str, inner: Mapping[str, str]) -> dict[str, str]:

@@ -1,4 +1,7 @@
-"""Progress on stderr: a bar with rate and time left on a terminal, a line now and then where there is none."""
+"""Progress on stderr: a bar with rate and time left on a terminal, a line now and then where there is none.
+
+A process that works for another one tells that one as well (`told`).
+"""
 
 import contextlib
 import sys
@@ -6,6 +9,8 @@ import time
 from collections.abc import Callable, Iterator
 
 LINE_EVERY_S = 30.0
+Listener = Callable[[str, int, int | None], None]
+_listeners: list[Listener] = []
 
 
 def say(message: str) -> None:
@@ -15,8 +20,44 @@ def say(message: str) -> None:
 
 
 @contextlib.contextmanager
-def progress(task: str, total: int, unit: str, done: int = 0) -> Iterator[Callable[[int], None]]:
-    """Show `task` advancing from `done` to `total` units; yields a function that takes how many more were done."""
+def told(listener: Listener) -> Iterator[None]:
+    """Call `listener`(task, done, total) too whenever something begins or advances in the block."""
+    _listeners.append(listener)
+    try:
+        yield
+    finally:
+        _listeners.remove(listener)
+
+
+@contextlib.contextmanager
+def progress(task: str, total: int | None, unit: str, done: int = 0) -> Iterator[Callable[[int], None]]:
+    """Show `task` advancing from `done` to `total` units; yields a function that takes how many more were done.
+
+    `total` is None where nobody knows it before the end.
+    """
+    with _shown(task, total, unit, done) as advance:
+        yield _telling(task, total, done, advance) if _listeners else advance
+
+
+def _telling(task: str, total: int | None, done: int, advance: Callable[[int], None]) -> Callable[[int], None]:
+    reached = done
+
+    def tell(count: int) -> None:
+        nonlocal reached
+        reached += count
+        for listener in _listeners:
+            listener(task, reached, total)
+
+    def both(count: int) -> None:
+        advance(count)
+        tell(count)
+
+    tell(0)
+    return both
+
+
+@contextlib.contextmanager
+def _shown(task: str, total: int | None, unit: str, done: int) -> Iterator[Callable[[int], None]]:
     if sys.stderr.isatty():
         with _bar(task, total, unit, done) as advance:
             yield advance
@@ -25,7 +66,7 @@ def progress(task: str, total: int, unit: str, done: int = 0) -> Iterator[Callab
 
 
 class _Lines:
-    def __init__(self, task: str, total: int, unit: str, done: int = 0) -> None:
+    def __init__(self, task: str, total: int | None, unit: str, done: int = 0) -> None:
         self.task, self.total, self.unit = task, total, unit
         self.done, self.first, self.started_s = done, done, time.monotonic()
         self.said_s = self.started_s
@@ -37,12 +78,13 @@ class _Lines:
             return
         self.said_s = now_s
         rate = (self.done - self.first) / (now_s - self.started_s)
-        left_s = (self.total - self.done) / rate if rate else 0
-        say(f"{self.task}: {self.done} of {self.total}, {rate:.1f} {self.unit}/s, {left_s:.0f} s left")
+        left_s = ((self.total or self.done) - self.done) / rate if rate else 0
+        of, left = ("", "") if self.total is None else (f" of {self.total}", f", {left_s:.0f} s left")
+        say(f"{self.task}: {self.done}{of}, {rate:.1f} {self.unit}/s{left}")
 
 
 @contextlib.contextmanager
-def _bar(task: str, total: int, unit: str, done: int) -> Iterator[Callable[[int], None]]:
+def _bar(task: str, total: int | None, unit: str, done: int) -> Iterator[Callable[[int], None]]:
     from rich.console import Console
     from rich.progress import (
         BarColumn,

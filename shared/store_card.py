@@ -12,7 +12,7 @@ from shared.atomic import write_atomically
 from shared.errors import StoreFormat
 
 STORE_FORMAT = 1
-_OWN_NAMES = {"data.mdb", "lock.mdb", "store.json", "writer.lock", "manifests", "quarantine", "scans"}
+_OWN_NAMES = {"data.mdb", "lock.mdb", "store.json", "writer.lock", "manifests", "quarantine", "scans", "service"}
 
 
 def read_card(store: Path) -> dict[str, Any]:

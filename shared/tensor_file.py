@@ -89,6 +89,17 @@ def joined(tensors: Sequence[LazyTensor]) -> LazyTensor:
     )
 
 
+def mixed(one: LazyTensor, other: LazyTensor, share: float) -> LazyTensor:
+    """(1 - share) one + share other, added in fp32 and rounded to one's dtype; raises DataError where shapes differ."""
+    if one.shape != other.shape or one.dtype not in _TORCH or other.dtype not in _TORCH:
+        raise DataError(f"{one.dtype} {one.shape} and {other.dtype} {other.shape} cannot be mixed")
+
+    def read() -> bytes:
+        return _rounded(values_of(one).float().lerp(values_of(other).float(), share), one.dtype)
+
+    return LazyTensor(one.dtype, one.shape, read)
+
+
 def transposed(tensor: LazyTensor) -> LazyTensor:
     """A matrix, turned."""
     import numpy as np
@@ -105,15 +116,22 @@ def cast_to(tensor: LazyTensor, dtype: FloatDtype | None) -> LazyTensor:
     if dtype is None or tensor.dtype == dtype or tensor.dtype not in _TORCH:
         return tensor
 
-    def read() -> bytes:
-        import torch
+    return LazyTensor(dtype, tensor.shape, lambda: _rounded(values_of(tensor), dtype))
 
-        data = bytearray(tensor.read())
-        values = torch.frombuffer(data, dtype=getattr(torch, _TORCH[tensor.dtype])) if data else torch.empty(0)
-        whole: bytes = values.to(getattr(torch, _TORCH[dtype])).view(torch.uint8).numpy().tobytes()
-        return whole
 
-    return LazyTensor(dtype, tensor.shape, read)
+def values_of(tensor: LazyTensor) -> "Tensor":
+    """A tensor of floats in memory, flat."""
+    import torch
+
+    data = bytearray(tensor.read())
+    return torch.frombuffer(data, dtype=getattr(torch, _TORCH[tensor.dtype])) if data else torch.empty(0)
+
+
+def _rounded(values: "Tensor", dtype: str) -> bytes:
+    import torch
+
+    data: bytes = values.to(getattr(torch, _TORCH[dtype])).view(torch.uint8).numpy().tobytes()
+    return data
 
 
 def file_bytes(tensors: Mapping[str, LazyTensor]) -> int:

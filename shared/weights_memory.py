@@ -36,6 +36,12 @@ def remembered_digest(question: str, files: Sequence[Path], work_out: Callable[[
     return digest
 
 
+def cache_folder() -> Path:
+    """Where what can be made again lies for a user's commands; raises RuntimeError where there is no home."""
+    home = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(home) if os.path.isabs(home) else Path.home() / ".cache") / "sdxl-experts"
+
+
 def _key(question: str, files: Sequence[Path], states: Sequence[os.stat_result]) -> str:
     seen = [
         [str(path.resolve()), state.st_size, state.st_dev, state.st_ino, state.st_mtime_ns, state.st_ctime_ns]
@@ -45,8 +51,7 @@ def _key(question: str, files: Sequence[Path], states: Sequence[os.stat_result])
 
 
 def _path() -> Path:
-    home = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(home) if os.path.isabs(home) else Path.home() / ".cache") / "sdxl-experts" / "weights.json"
+    return cache_folder() / "weights.json"
 
 
 def _read() -> dict[str, str]:

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from cache_builder.config import BuildConfig
+from cache_builder.serve_config import ServeConfig
 from shared.config import dump_config, load_config
 from shared.schedule import check_partition
 from trainer.config import ExpertConfig
@@ -40,6 +41,16 @@ def test_cache_configurations_load(file: Path) -> None:
     load_config(BuildConfig, [file])
 
 
+def test_the_service_configuration_loads_and_stands_where_it_lies() -> None:
+    config = load_config(ServeConfig, [CONFIGS / "serve.toml"])
+    assert config.store == CONFIGS / "store"
+    assert config.datasets[0].root == CONFIGS / "PICTURES"
+    assert config.runs == (CONFIGS / "runs/base", CONFIGS / "runs/refiner")
+    assert config.build == load_config(
+        BuildConfig, sets=["images.resolution=1024", f"datasets=[{{id='pictures', root='{CONFIGS}/PICTURES'}}]"]
+    )
+
+
 def test_the_small_worlds_start_model_shares_its_experts_schedule() -> None:
     """A pair that goes on from it must not find another noise, another target or another last timestep."""
     start = load_config(ExpertConfig, [CONFIGS / "demo" / "start.toml"])
@@ -48,7 +59,7 @@ def test_the_small_worlds_start_model_shares_its_experts_schedule() -> None:
 
 
 def test_no_configuration_is_left_untested() -> None:
-    known = {"expert.toml", "base.toml", "refiner.toml", "cache.toml", "start.toml"}
+    known = {"expert.toml", "base.toml", "refiner.toml", "cache.toml", "start.toml", "serve.toml"}
     assert {file.name for file in CONFIGS.rglob("*.toml")} == known
     assert {file.parent for file in CONFIGS.rglob("expert.toml")} == set(PAIRS)
 

@@ -114,9 +114,10 @@ def _spacing(config: ExpertConfig) -> Iterator[str]:
 
 
 def _caption_dropout(config: ExpertConfig) -> Iterator[str]:
-    if config.loss.caption_dropout == 0:
+    ends = (config.loss.caption_dropout.low, config.loss.caption_dropout.high)
+    if max(ends) == 0:
         yield "loss.caption_dropout = 0 never trains the null prompt, which guidance above 1 draws with"
-    if config.loss.caption_dropout == 1:
+    if min(ends) == 1:
         yield "loss.caption_dropout = 1 never shows a caption"
 
 

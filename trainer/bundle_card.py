@@ -1,17 +1,19 @@
 """Cards of a bundle: how the stages draw together in somebody else's program, and what each is."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from trainer.adapter import ADAPTER_FILE
 from trainer.bundle_stage import Stage
+from trainer.merge_loss import WholeLoss
 from trainer.model_card import code, fence, front_matter
 
 
-def bundle_card(stages: Sequence[Stage], form: str, model: str) -> str:
+def bundle_card(stages: Sequence[Stage], form: str, model: str, losses: Sequence[WholeLoss] = ()) -> str:
     """README.md of the bundle, Markdown with a front matter as the Hub reads it."""
     contract = stages[0].card.contract
     cuts = " and ".join(str(stage.facts.low) for stage in stages[:-1])
     about = (
+        _blended(stages[0]) if stages[0].blend else
         f"{len(stages)} experts that draw one picture together, handed over at timestep {cuts} of "
         f"{contract.num_timesteps} (0 is clean)." if cuts else "One expert for all timesteps."
     )  # fmt: skip
@@ -21,6 +23,7 @@ def bundle_card(stages: Sequence[Stage], form: str, model: str) -> str:
             f"# {' + '.join(code(stage.facts.name) for stage in stages)}",
             about,
             "\n".join(f"- {_line(stage)}" for stage in stages),
+            *_losses(losses),
             "## How to draw with it",
             how_to_draw(stages, form, model),
             _settings(stages),
@@ -56,6 +59,24 @@ def how_to_draw(stages: Sequence[Stage], form: str, model: str) -> str:
         lines += ["", *_load(stage, form), *_draw(stage)]
     lines.append('image[0].save("picture.png")')
     return fence("\n".join(lines), "python")
+
+
+def _blended(stage: Stage) -> str:
+    assert stage.blend is not None
+    own, other, share = stage.checkpoint.card.facts, stage.blend.other.facts, stage.blend.share
+    return (
+        f"One model for all timesteps, {1 - share:g} of {code(own.name)} ({own.timesteps}) and {share:g} of "
+        f"{code(other.name)} ({other.timesteps}): every weight lies on the line between theirs (Wortsman et al. 2022, "
+        "arXiv:2109.01903)."
+    )
+
+
+def _losses(losses: Sequence[WholeLoss]) -> Iterator[str]:
+    if not losses:
+        return
+    rows = "\n".join(f"| {code(one.name)} | {one.loss:.5f} | {one.change:+.2%} |" for one in losses)
+    head = "| on the same held-out draws | eval loss | against the start model |\n|---|---|---|"
+    yield f"## What it costs\n\n{head}\n{rows}"
 
 
 def _load(stage: Stage, form: str) -> list[str]:
@@ -107,10 +128,8 @@ def _line(stage: Stage) -> str:
     facts = stage.facts
     kind = f"an adapter ({facts.adapter.kind})" if facts.adapter and stage.is_adapter else "a whole UNet"
     averaged = "averaged" if stage.weights == "ema" else "raw"
-    return (
-        f"{code(stage.folder)}: timesteps {facts.timesteps}, {kind}, {averaged} weights of step "
-        f"{stage.checkpoint.state.step} of {code(facts.name)}"
-    )
+    made_of = " and of ".join(f"step {own.state.step} of {code(own.card.facts.name)}" for own in stage.checkpoints)
+    return f"{code(stage.folder)}: timesteps {facts.timesteps}, {kind}, {averaged} weights of {made_of}"
 
 
 def _settings(stages: Sequence[Stage]) -> str:

@@ -3,8 +3,8 @@
 checkpoints, model -> read_stages -> Stage, in the order in which they draw: high noise first
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 
 from shared.contract import ExpertCard, ExpertFacts, check_model, check_pair
 from shared.errors import CheckpointError, ContractError
-from shared.tensor_file import FloatDtype, LazyTensor, cast_to, from_tensor, read_lazily
+from shared.tensor_file import FloatDtype, LazyTensor, cast_to, from_tensor, mixed, read_lazily
 from shared.text_encoders import read_text_facts
 from shared.vae import read_vae_facts
 from trainer.adapter import ADAPTER_FILE, load_adapter, merge_adapter
@@ -32,6 +32,7 @@ class Stage:
     unet: Path  # folder of the whole UNet: the expert's own, or the one that an adapter stands on
     is_merged: bool  # an adapter is added to its UNet
     dtype: FloatDtype | None  # None: as it was saved
+    blend: "Blend | None" = None  # it is one model with another
 
     @property
     def folder(self) -> str:
@@ -41,12 +42,22 @@ class Stage:
     @property
     def card(self) -> ExpertCard:
         """The expert's card."""
-        return self.checkpoint.card
+        return self.checkpoint.card.model_copy(update={"facts": self.facts})
 
     @property
     def facts(self) -> ExpertFacts:
-        """The expert's facts."""
-        return self.checkpoint.card.facts
+        """The expert's facts; of one model made of two, those of the first, for the timesteps of both."""
+        own = self.checkpoint.card.facts
+        if self.blend is None:
+            return own
+        other = self.blend.other.facts
+        both = {"name": f"{own.name} + {other.name}", "low": min(own.low, other.low), "high": max(own.high, other.high)}
+        return own.model_copy(update=both | {"adapter": None})
+
+    @property
+    def checkpoints(self) -> list[Checkpoint]:
+        """What it is made of."""
+        return [self.checkpoint] if self.blend is None else [self.checkpoint, self.blend.other.checkpoint]
 
     @property
     def is_adapter(self) -> bool:
@@ -70,12 +81,14 @@ class Stage:
     def tensors(self) -> dict[str, LazyTensor]:
         """What is handed over, by the names that it has in the checkpoint: a whole UNet, or an adapter."""
         own = self.checkpoint.path / self.weights
-        if self.facts.adapter is None:
+        if self.checkpoint.card.facts.adapter is None:
             stored = read_lazily([own / UNET_FILE])
         elif self.is_merged:
             stored = self._merged()
         else:
             stored = read_lazily([own / ADAPTER_FILE])
+        if self.blend is not None:
+            stored = self.blend.of(stored)
         return {name: cast_to(tensor, self.dtype) for name, tensor in stored.items()}
 
     def tags(self) -> dict[str, str]:
@@ -92,11 +105,40 @@ class Stage:
         }
 
     def _merged(self) -> dict[str, LazyTensor]:
-        assert self.facts.adapter is not None
+        adapter = self.checkpoint.card.facts.adapter
+        assert adapter is not None
         unet = load_unet(self.unet, torch.device("cpu"))
-        load_adapter(unet, self.facts.adapter, self.folder, self.checkpoint.weights(self.weights))
+        load_adapter(unet, adapter, self.folder, self.checkpoint.weights(self.weights))
         merge_adapter(unet)
         return {name: from_tensor(tensor) for name, tensor in unet.state_dict().items()}
+
+
+@dataclass(frozen=True)
+class Blend:
+    """Another expert in the same weights: (1 - share) of the first and share of the other (arXiv:2109.01903, eq. 1)."""
+
+    other: Stage
+    share: float
+
+    def of(self, first: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
+        """`first` and the other's tensors, name by name; raises ContractError where they are not the same UNet."""
+        other = self.other.tensors()
+        if other.keys() != first.keys() or any(other[name].shape != first[name].shape for name in first):
+            raise ContractError(f"the UNet of {self.other.facts.name!r} has other layers: nothing can be merged")
+        return {name: mixed(tensor, other[name], self.share) for name, tensor in first.items()}
+
+
+def one_model(stages: Sequence[Stage], share: float) -> Stage:
+    """Both stages of a pair as one, for all of their timesteps; `share` is how much of it is the later, low-noise one.
+
+    Raises ContractError where they are not two, or where one has the stock refiner's layout.
+    """
+    if len(stages) != 2:
+        raise ContractError(f"two experts make one model, not {len(stages)}")
+    upper, lower = (replace(stage, number=1, count=1, is_merged=True, dtype=None) for stage in stages)
+    if lower.facts.layout != upper.facts.layout:
+        raise ContractError(f"{lower.facts.name!r} has the stock refiner's layout: it cannot be one with another")
+    return replace(upper, dtype=stages[0].dtype, blend=Blend(lower, share))
 
 
 def read_stages(

@@ -1,117 +1,34 @@
 """Doors of this tower: parse, load, call one function, one line on an error. Nothing heavy is imported for --help."""
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, TypeVar
 
 import typer
 
 from shared.command import run_command, yield_idle_threads
+from trainer import options
 
 if TYPE_CHECKING:
     from trainer.run import Request
 
-Configs = Annotated[list[Path] | None, typer.Option("--config", help="TOML file; several are layered, later ones win.")]
-Sets = Annotated[list[str] | None, typer.Option("--set", help="One setting, e.g. optimizer.learning_rate=1e-6.")]
-StorePath = Annotated[Path, typer.Option("--store", help="Store that cache-build made.")]
-Name = Annotated[str, typer.Option("--manifest", help="Manifest to begin on; a run that goes on keeps its own.")]
-Model = Annotated[str, typer.Option("--model", help="SDXL-layout model: a diffusers folder or a Hub id.")]
-Output = Annotated[Path, typer.Option("--output", help="Run folder; the same command goes on with what is in it.")]
-Device = Annotated[str, typer.Option(help="auto, cuda, mps or cpu.")]
-Start = Annotated[
-    Path | None, typer.Option(help="Run folder or checkpoint of an expert whose weights training starts from.")
-]
-Move = Annotated[str | None, typer.Option(help="Go on with the newest manifest of this name, in a new epoch.")]
-
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what it would do and how long; write nothing.")]
-Timing = Annotated[bool, typer.Option(help="With --dry-run: take a few steps to time them.")]
-Json = Annotated[bool, typer.Option("--json", help="With --dry-run: one JSON object.")]
-
-Experts = Annotated[
-    list[Path], typer.Option("--expert", help="Run folder, checkpoint or best.json of an expert; give both.")
-]
-Prompts = Annotated[list[str] | None, typer.Option("--prompt", help="What to draw; may be given again.")]
-ExpertPrompts = Annotated[
-    list[str] | None, typer.Option("--expert-prompt", help="In place of --prompt: one for each --expert, in order.")
-]
-PromptFile = Annotated[
-    Path | None,
-    typer.Option("--prompts", help="Prompts: a text file, one a line, or the column of a csv, tsv, parquet."),
-]
-Out = Annotated[Path, typer.Option("--out", help="Folder for the pictures.")]
-Wait = Annotated[bool, typer.Option("--wait", help="Wait until a build has sealed the manifest.")]
-Base = Annotated[
-    Path | None,
-    typer.Option(help="Run, checkpoint or model folder that adapter experts stand on, if it is not --model."),
-]
-Steps = Annotated[int, typer.Option(min=1, max=1000, help="Steps of the scheduler.")]
-Guidance = Annotated[
-    list[float] | None,
-    typer.Option(
-        min=0, help="Weight of the prompt, 9.2 by default; 1 or less draws without. Once, or for each --expert."
-    ),
-]
-Rescale = Annotated[float | None, typer.Option(min=0, max=1, help="0.7 with zero-terminal SNR, 0 without.")]
-Scheduler = Annotated[str, typer.Option(help="unipc, dpm++, dpm++-karras, euler, euler-a, heun or ddim.")]
-Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the first picture; each next one counts up.")]
-Negative = Annotated[
-    list[str] | None, typer.Option(help="What not to draw, else the null prompt. Once, or for each --expert.")
-]
-Size = Annotated[int | None, typer.Option(min=64, help="Pixels; the UNet's own size by default.")]
-Count = Annotated[int, typer.Option(min=1, help="Pictures of each prompt, or of each given picture.")]
-Batch = Annotated[int, typer.Option(min=1, help="Pictures drawn at once.")]
-Precision = Annotated[str, typer.Option(help="Of the UNets: fp32, bf16, fp16; auto is bf16 on cuda, else fp32.")]
-Offload = Annotated[bool, typer.Option("--offload", help="One UNet on the device at a time.")]
-Sheet = Annotated[Path | None, typer.Option(help="A contact sheet too, as one PNG.")]
-FromImages = Annotated[
-    Path | None,
-    typer.Option(help="Begin with a picture, a folder of them, or a store's held-out split; not with noise."),
-]
-OfManifest = Annotated[str, typer.Option("--manifest", help="With --from-images STORE: the manifest.")]
-StartAt = Annotated[
-    int | None,
-    typer.Option(help="With --from-images: noise to the schedule's first step at or below; below B by default."),
-]
-Limit = Annotated[int | None, typer.Option(min=1, help="With --from-images: at most so many.")]
-
-BundleOut = Annotated[Path, typer.Option("--out", help="Folder for the bundle; it must be new or empty.")]
-BundleForm = Annotated[str, typer.Option("--format", help="diffusers, single-file or kohya-lora.")]
-BundleDtype = Annotated[str | None, typer.Option("--dtype", help="fp32, fp16 or bf16; as saved by default.")]
-Raw = Annotated[bool, typer.Option("--raw", help="Raw weights, where averaged ones are kept too.")]
-Merge = Annotated[bool, typer.Option("--merge", help="Add adapters to the UNets that they stand on.")]
-Prove = Annotated[bool, typer.Option(help="Load it back and draw with each stage before it is there.")]
-ReportOut = Annotated[Path, typer.Option("--out", help="Folder for report.html, report.json and pictures.")]
-ManifestName = Annotated[
-    str | None, typer.Option("--manifest", help="Whose held-out samples to use; the experts' own by default.")
-]
-Draws = Annotated[int, typer.Option(min=1, help="Draws of the eval loss over each part of the schedule.")]
-EvalBatch = Annotated[int, typer.Option("--batch", min=1, help="Samples at once on the device.")]
-EvalHeldOut = Annotated[
-    int, typer.Option("--held-out", min=0, help="Held-out pictures of each data set, finished from below B.")
-]
-Clip = Annotated[str | None, typer.Option(help="CLIP that scores the prompts' pictures: a folder or a Hub id.")]
-EvalGuidance = Annotated[float, typer.Option("--guidance", min=0, help="Weight of the prompt; 1 or less: without.")]
-Watch = Annotated[bool, typer.Option("--watch", help="Follow run folders while they train, round after round.")]
-MaxShare = Annotated[float, typer.Option(min=0.001, max=1, help="With --watch: at most this share of the time.")]
-Tracker = Annotated[
-    list[str] | None, typer.Option(help="With --watch: curves in tensorboard, wandb or trackio too, of OUT.")
-]
-EvalSeed = Annotated[int, typer.Option("--seed", min=0, max=2**62, help="Of every picture.")]
+Value = TypeVar("Value")
 
 
 def _train_expert(
-    store: StorePath,
-    model: Model,
-    output: Output,
-    config: Configs = None,
-    manifest: Name = "main",
-    sets: Sets = None,
-    device: Device = "auto",
-    move_to_manifest: Move = None,
-    start: Start = None,
-    dry_run: DryRun = False,
-    timing: Timing = True,
-    json: Json = False,
-    wait: Wait = False,
+    store: options.StorePath,
+    model: options.Model,
+    output: options.Output,
+    config: options.Configs = None,
+    manifest: options.Name = "main",
+    sets: options.Sets = None,
+    device: options.Device = "auto",
+    move_to_manifest: options.Move = None,
+    start: options.Start = None,
+    dry_run: options.DryRun = False,
+    timing: options.Timing = True,
+    json: options.Json = False,
+    wait: options.Wait = False,
+    model_config: options.ModelConfig = None,
 ) -> None:
     """Train one expert from a store; run it twice at once, with base.toml and with refiner.toml."""
     from shared.config import load_config
@@ -123,7 +40,7 @@ def _train_expert(
         from trainer.waiting import wait_for_manifest
 
         wait_for_manifest(store, move_to_manifest or manifest)
-    model_folder = resolve_model(model, ("unet",))
+    model_folder = resolve_model(model, ("unet",), model_config)
     from trainer.run import Request
 
     request = Request(settings, store, manifest, model_folder, output, device, move_to_manifest, start)
@@ -148,31 +65,32 @@ def _rehearse(request: "Request", timing: bool, as_json: bool) -> None:
 
 
 def _generate_images(
-    expert: Experts,
-    model: Model,
-    out: Out,
-    prompt: Prompts = None,
-    prompts: PromptFile = None,
-    expert_prompt: ExpertPrompts = None,
-    steps: Steps = 40,
-    guidance: Guidance = None,
-    guidance_rescale: Rescale = None,
-    scheduler: Scheduler = "unipc",
-    seed: Seed = 0,
-    count: Count = 1,
-    negative_prompt: Negative = None,
-    width: Size = None,
-    height: Size = None,
-    batch: Batch = 1,
-    from_images: FromImages = None,
-    start_timestep: StartAt = None,
-    manifest: OfManifest = "main",
-    limit: Limit = None,
-    sheet: Sheet = None,
-    device: Device = "auto",
-    precision: Precision = "auto",
-    offload: Offload = False,
-    base: Base = None,
+    expert: options.Experts,
+    model: options.Model,
+    out: options.Out,
+    prompt: options.Prompts = None,
+    prompts: options.PromptFile = None,
+    expert_prompt: options.ExpertPrompts = None,
+    steps: options.Steps = 40,
+    guidance: options.Guidance = None,
+    guidance_rescale: options.Rescale = None,
+    scheduler: options.Scheduler = "unipc",
+    seed: options.Seed = 0,
+    count: options.Count = 1,
+    negative_prompt: options.Negative = None,
+    width: options.Size = None,
+    height: options.Size = None,
+    batch: options.Batch = 1,
+    from_images: options.FromImages = None,
+    start_timestep: options.StartAt = None,
+    manifest: options.OfManifest = "main",
+    limit: options.Limit = None,
+    sheet: options.Sheet = None,
+    device: options.Device = "auto",
+    precision: options.Precision = "auto",
+    offload: options.Offload = False,
+    base: options.Base = None,
+    model_config: options.ModelConfig = None,
 ) -> None:
     """Draw with a pair of experts: each step is made by the expert whose range its timestep lies in."""
     from shared.model_folder import resolve_model
@@ -184,14 +102,14 @@ def _generate_images(
     asked: list[str | tuple[str, ...]] = [] if expert_prompt is None else [tuple(expert_prompt)]
     if prompts is not None or prompt or not (asked or from_images):
         asked += read_prompts(prompt or [], prompts)
-    weights, negatives = tuple(guidance or [9.2]), tuple(negative_prompt or [None])
+    weights = _once_or_each(guidance or [9.2])
     request = GenerateRequest(
         experts=expert,
-        model=resolve_model(model, needed_components(expert)),
+        model=resolve_model(model, needed_components(expert), model_config),
         prompts=asked,
         out=out,
-        settings=DrawSettings(steps, weights[0] if len(weights) == 1 else weights, guidance_rescale, scheduler),
-        negative_prompt=negatives[0] if len(negatives) == 1 else negatives,
+        settings=DrawSettings(steps, weights, guidance_rescale, scheduler),
+        negative_prompt=_once_or_each(negative_prompt or [None]),
         seed=seed,
         count=count,
         height=height,
@@ -211,54 +129,67 @@ def _generate_images(
         typer.echo(str(path))
 
 
+def _once_or_each(given: Sequence[Value]) -> Value | tuple[Value, ...]:
+    """What was given once for all experts, or once for each."""
+    return given[0] if len(given) == 1 else tuple(given)
+
+
 def _bundle_experts(
-    expert: Experts,
-    model: Model,
-    out: BundleOut,
-    form: BundleForm = "diffusers",
-    raw: Raw = False,
-    merge: Merge = False,
-    dtype: BundleDtype = None,
-    base: Base = None,
-    prove: Prove = True,
-    device: Device = "auto",
+    expert: options.Experts,
+    model: options.Model,
+    out: options.BundleOut,
+    form: options.BundleForm = "diffusers",
+    raw: options.Raw = False,
+    merge: options.Merge = None,
+    merge_adapters: options.MergeAdapters = False,
+    dtype: options.BundleDtype = None,
+    base: options.Base = None,
+    prove: options.Prove = True,
+    device: options.Device = "auto",
+    model_config: options.ModelConfig = None,
+    store: options.MergeStore = None,
+    manifest: options.ManifestName = None,
+    draws: options.Draws = 256,
 ) -> None:
     """Hand a pair over as what other programs load: diffusers folders, ComfyUI's checkpoints, or LoRA files."""
     from shared.model_folder import resolve_model
     from trainer.bundle import BundleRequest, bundle
     from trainer.drawn import needed_components
 
-    folder = resolve_model(model, needed_components(expert))
-    request = BundleRequest(expert, folder, out, form, raw, merge, dtype, base, prove, device)
+    folder = resolve_model(model, needed_components(expert), model_config)
+    request = BundleRequest(
+        expert, folder, out, form, raw, merge, merge_adapters, dtype, base, prove, device, store, manifest, draws
+    )
     typer.echo(str(bundle(request)))
 
 
 def _evaluate_experts(
-    expert: Experts,
-    store: StorePath,
-    model: Model,
-    out: ReportOut,
-    manifest: ManifestName = None,
-    draws: Draws = 256,
-    batch: EvalBatch = 4,
-    prompt: Prompts = None,
-    prompts: PromptFile = None,
-    clip: Clip = None,
-    held_out: EvalHeldOut = 4,
-    steps: Steps = 40,
-    guidance: EvalGuidance = 9.2,
-    guidance_rescale: Rescale = None,
-    scheduler: Scheduler = "unipc",
-    seed: EvalSeed = 0,
-    watch: Watch = False,
-    max_share: MaxShare = 0.2,
-    tracker: Tracker = None,
-    precision: Precision = "auto",
-    device: Device = "auto",
-    base: Base = None,
+    expert: options.Experts,
+    store: options.StorePath,
+    model: options.Model,
+    out: options.ReportOut,
+    manifest: options.ManifestName = None,
+    draws: options.Draws = 256,
+    batch: options.EvalBatch = 4,
+    prompt: options.Prompts = None,
+    prompts: options.PromptFile = None,
+    clip: options.Clip = None,
+    held_out: options.EvalHeldOut = 4,
+    steps: options.Steps = 40,
+    guidance: options.EvalGuidance = 9.2,
+    guidance_rescale: options.Rescale = None,
+    scheduler: options.Scheduler = "unipc",
+    seed: options.EvalSeed = 0,
+    watch: options.Watch = False,
+    max_share: options.MaxShare = 0.2,
+    tracker: options.Tracker = None,
+    precision: options.Precision = "auto",
+    device: options.Device = "auto",
+    base: options.Base = None,
+    model_config: options.ModelConfig = None,
 ) -> None:
     """Judge experts beside their start model: losses by timestep, pictures, every way to pair them, in one report."""
-    from shared.model_folder import resolve_clip, resolve_model
+    from shared.model_folder import COMPONENTS, resolve_clip, resolve_model
     from trainer.ensemble import DrawSettings
     from trainer.evaluate import EvaluateRequest, evaluate
     from trainer.gallery import PictureWish
@@ -276,7 +207,7 @@ def _evaluate_experts(
     request = EvaluateRequest(
         experts=expert,
         store=store,
-        model=resolve_model(model),
+        model=resolve_model(model, COMPONENTS if wish.prompts or held_out else ("unet", "scheduler"), model_config),
         out=out,
         manifest=manifest,
         device=device,

@@ -18,7 +18,10 @@ class ClipScorer:
 
     def __init__(self, folder: Path) -> None:
         import transformers
+        from transformers.utils import logging
 
+        logging.disable_progress_bar()  # its bars would tear ours
+        logging.set_verbosity_error()  # and its tables of weights that do not fit our one line
         for name in ("config.json", "preprocessor_config.json", "tokenizer_config.json"):
             if not (folder / name).is_file():
                 raise DataError(f"--clip {folder}: no {name} in it; a whole CLIP folder or Hub id is wanted")

@@ -9,6 +9,7 @@ from shared.contract import NullPrompt, Spacing
 from shared.errors import ConfigError
 from shared.schedule import HuberSchedule, PredictionType, TimestepRange, check_objective
 from trainer.adapter_config import AdapterConfig
+from trainer.caption_dropout import DropoutByTimestep
 from trainer.data_config import DataConfig
 from trainer.optimizer_config import OptimizerConfig
 from trainer.timestep_bias import TimestepBias, timestep_shares
@@ -58,8 +59,8 @@ class LossConfig(Config):
     input_perturbation: float = Field(0.0, ge=0, le=1)
     """Deviation of noise that is added to what the UNet is shown and not to what it is asked for."""
     timestep_bias: TimestepBias = TimestepBias()
-    caption_dropout: float = Field(0.1, ge=0, le=1)
-    """Share of samples trained without their caption, for classifier-free guidance."""
+    caption_dropout: DropoutByTimestep = DropoutByTimestep(low=0.1, high=0.1)
+    """Share of samples trained without their caption, for classifier-free guidance; {low, high} runs with t."""
     null_prompt: Literal["auto", "zeros", "encoded"] = "auto"
     """What stands for no caption; "auto" is what the model's pipeline gives for an empty prompt."""
     aesthetic_score: float = 6.0

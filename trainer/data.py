@@ -1,12 +1,12 @@
 """Store to batch: one prefetch thread copies records straight into (pinned) tensors, a few micro-batches ahead.
 
-Which of its crops and captions a sample shows, and whether it shows no caption, are draws labelled by (epoch, position)
-like all others; they are made here because they decide what is read.
+Which of its crops and captions a sample shows are draws labelled by (epoch, position) like all others; they are made
+here because they decide what is read.
 """
 
 import itertools
 from collections.abc import Callable, Generator, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -19,12 +19,13 @@ from shared.latents import LatentMoments
 from shared.manifest import Manifest
 from shared.manifest_rows import ManifestRow, Variant
 from shared.seeding import derive_seed
-from shared.store import Snapshot, StoreReader
+from shared.store import StoreReader
 from trainer.batch import Batch
 from trainer.sampler import MicroBatch, Pool
 
 AHEAD = 3  # micro-batches that wait, ready, for the UNet
 MAX_CORRUPT_SHARE = 0.001
+TEXT_TENSORS = ("prompt_embeds", "pooled_prompt_embeds")
 
 
 class BatchReader:
@@ -38,14 +39,11 @@ class BatchReader:
         *,
         captions: Literal["random", "first", "all"],
         seed: int,
-        caption_dropout: float,
-        null_prompt: NullPrompt,
         pin_memory: bool,
         on_corrupt: Callable[[str, str], None],
     ) -> None:
         self._store, self._manifest, self._settings = store, manifest, manifest.settings
-        self._seed, self._dropout, self._null_prompt = seed, caption_dropout, null_prompt
-        self._captions = captions
+        self._seed, self._captions = seed, captions
         self._pin, self._on_corrupt = pin_memory, on_corrupt
         self._rows_of = {pool.hw: np.unique(pool.rows) for pool in pools}
         self._corrupt: set[int] = set()
@@ -76,7 +74,8 @@ class BatchReader:
                 text = {"prompt_embeds": embeds[i].numpy(), "pooled_prompt_embeds": pooled[i].numpy()}
                 try:
                     snapshot.copy_into(variants[i].latent_key, latents)
-                    self._copy_text(snapshot, row, place, captions[i], text)
+                    key = row.text_keys[self._choose(len(row.text_keys), place, captions[i])]
+                    snapshot.copy_into(key, text)
                 except RecordCorrupt as error:
                     raise _CorruptSample(i, row.path, str(error)) from None
         time_ids = self._empty(len(rows), 6, dtype=torch.float32)
@@ -86,17 +85,6 @@ class BatchReader:
 
     def _variant(self, row: ManifestRow, place: tuple[int, int]) -> Variant:
         return row.variants[int(self._uniform("variant", place) * len(row.variants))]
-
-    def _copy_text(
-        self, snapshot: Snapshot, row: ManifestRow, place: tuple[int, int], caption: int | None, targets: dict[str, Any]
-    ) -> None:
-        if self._uniform("dropout", place) >= self._dropout:
-            snapshot.copy_into(row.text_keys[self._choose(len(row.text_keys), place, caption)], targets)
-        elif self._null_prompt == "encoded":
-            snapshot.copy_into(bytes.fromhex(self._settings.null_text_key), targets)
-        else:
-            for target in targets.values():
-                target.fill(0)
 
     def _choose(self, count: int, place: tuple[int, int], caption: int | None) -> int:
         """Which of `count` captions; one that was named may be of a row that this one stands in for."""
@@ -146,6 +134,18 @@ class _CorruptSample(Exception):
     def __init__(self, index: int, path: str, reason: str) -> None:
         super().__init__(reason)
         self.index, self.path, self.reason = index, path, reason  # index: in its micro-batch
+
+
+def read_null_text(
+    store: StoreReader, manifest: Manifest, null_prompt: NullPrompt, device: torch.device
+) -> PromptEmbeds | None:
+    """The embeds of the empty prompt [1, ...] on `device`; None where zeros stand for it."""
+    if null_prompt == "zeros":
+        return None
+    with store.snapshot() as snapshot:
+        tensors = snapshot.read(bytes.fromhex(manifest.settings.null_text_key)).tensors
+    # Copied, for what a record gives may not be written to.
+    return PromptEmbeds(*(torch.from_numpy(tensors[name].copy())[None].to(device) for name in TEXT_TENSORS))
 
 
 def prefetch(read: Callable[[int], Batch], start: int) -> Generator[Batch, None, None]:

@@ -21,6 +21,7 @@ from shared.conditioning import PromptEmbeds
 from shared.schedule import TimestepRange
 from trainer.config import LossConfig
 from trainer.ensemble import Expert
+from trainer.error_bars import difference, mean, standard_error
 from trainer.eval_loss import EvalLoss, ReadSamples, eval_loss
 from trainer.eval_samples import PinnedSample
 from trainer.lineup import Candidate, LineUp, loaded
@@ -82,6 +83,18 @@ def pair_loss(choice: Sequence[Candidate], line: LineUp, losses: Losses) -> floa
         losses[one.name][part.within].loss * len(part.within) for one, part in zip(choice, line.parts, strict=True)
     )
     return total / line.contract.num_timesteps
+
+
+def choice_change(choice: Sequence[Candidate], line: LineUp, losses: Losses) -> tuple[float | None, ...]:
+    """Of the loss over the whole schedule: its standard error, what it is above the start model's, that one's error."""
+    shares = [len(part.within) / line.contract.num_timesteps for part in line.parts]
+    own = [losses[one.name][part.within].each for one, part in zip(choice, line.parts, strict=True)]
+    starts = [losses[part.start.name][part.within].each for part in line.parts]
+    changes = [difference(one, start) for one, start in zip(own, starts, strict=True)]
+    means = [mean(change) for change in changes]
+    above = None if None in means else sum(share * (one or 0.0) for share, one in zip(shares, means, strict=True))
+    error, change_error = (standard_error(list(zip(shares, each, strict=True))) for each in (own, changes))
+    return error, above, change_error
 
 
 def sweep(line: LineUp, losses: Losses) -> list[tuple[int, float]]:

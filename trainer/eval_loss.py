@@ -10,7 +10,7 @@ can be compared by it, and a start model with what became of it. Trainer and eva
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from shared.schedule import TimestepRange, sample_timesteps
 from shared.seeding import make_generator
 from trainer.batch import Batch
+from trainer.error_bars import Each
 from trainer.eval_samples import PinnedSample
 from trainer.loss import DenoisingLoss, Predict
 from trainer.loss_bins import Bin, LossBins
@@ -43,6 +44,7 @@ class EvalLoss:
     bins: list[Bin]
     draws: int
     lost: int
+    each: Each = field(default_factory=dict)  # of the draws that could be read
 
 
 def plan_draws(samples: Sequence[PinnedSample], within: TimestepRange, count: int) -> list[EvalDraw]:
@@ -69,6 +71,7 @@ def eval_loss(
     """
     plain = loss.unweighted()
     bins, lost = LossBins(loss.within, torch.device("cpu"), torch.float64), 0
+    each: dict[tuple[str, int], tuple[int, float]] = {}
     for chunk in _by_bucket(plan_draws(samples, loss.within, count), batch):
         found, kept = read([draw.sample for draw in chunk])
         lost += len(chunk) - len(kept)
@@ -78,10 +81,13 @@ def eval_loss(
         t = torch.tensor([draw.t for draw in draws])
         eps, posterior = (_noise(what, draws, found.moments.mean).to(device) for what in ("eps", "posterior"))
         losses = plain.at(predict, found.to(device), t.to(device), eps, posterior)
-        bins.add(t, losses.cpu())
+        losses = losses.cpu()
+        bins.add(t, losses)
+        for draw, value in zip(draws, losses.tolist(), strict=True):
+            each[draw.sample.sample_id, draw.repetition] = draw.t, value
     means = bins.read(bins.take())
     total = sum(part.loss * part.samples for part in means)
-    return EvalLoss(total / (count - lost) if count > lost else float("nan"), means, count, lost)
+    return EvalLoss(total / (count - lost) if count > lost else float("nan"), means, count, lost, each)
 
 
 @contextmanager

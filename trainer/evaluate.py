@@ -22,14 +22,17 @@ from shared.schedule import TimestepRange
 from shared.store import StoreReader
 from trainer.bench import Bench, open_bench
 from trainer.checkpoint import Checkpoint, open_expert
+from trainer.drift import layer_moves
 from trainer.easel import Drawn, draw_round
-from trainer.eval_axis import Losses, measure, pair_loss, stretches, sweep
+from trainer.error_bars import between, difference, mean, standard_error
+from trainer.eval_axis import Losses, choice_change, measure, pair_loss, stretches, sweep
 from trainer.eval_loss import EvalLoss
 from trainer.gallery import Gallery, Pictures, PictureWish, open_gallery
-from trainer.lineup import Candidate, LineUp, line_up, notes_on
+from trainer.lineup import START, Candidate, LineUp, line_up, notes_on
 from trainer.report import (
     Answerer,
     Choice,
+    Drifted,
     JudgedExpert,
     Report,
     Round,
@@ -125,9 +128,14 @@ def judge(
         at=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         took_s=round(time.perf_counter() - began_s, 2),
         experts=list(states),
-        losses=[stretch_loss(name, within, one) for name, of in losses.items() for within, one in of.items()],
+        losses=[
+            stretch_loss(name, within, one, losses[START][within])
+            for name, of in losses.items()
+            for within, one in of.items()
+        ],
         choices=[_choice(choice, line, losses, own) for choice, own in zip(line.choices(), drawn.choices, strict=True)],
         sweep=[SweepPoint(boundary=boundary, loss=loss) for boundary, loss in sweep(line, losses)],
+        drift=_drift(line),
         finished=drawn.finished,
         finished_from=drawn.finished_from,
         handover=drawn.handover,
@@ -149,9 +157,11 @@ def judged(path: Path, checkpoint: Checkpoint) -> JudgedExpert:
     )
 
 
-def stretch_loss(name: str, within: TimestepRange, one: EvalLoss) -> StretchLoss:
-    """A measured stretch as the report has it."""
+def stretch_loss(name: str, within: TimestepRange, one: EvalLoss, start: EvalLoss) -> StretchLoss:
+    """A measured stretch as the report has it, beside the start model's."""
     bins = [(part.low, part.high, part.loss, part.samples) for part in one.bins]
+    change = difference(one.each, start.each)
+    both = [(between(one.each, low, high), between(change, low, high)) for low, high, *_ in bins]
     return StretchLoss(
         candidate=name,
         low=within.low,
@@ -160,6 +170,10 @@ def stretch_loss(name: str, within: TimestepRange, one: EvalLoss) -> StretchLoss
         draws=one.draws,
         lost=one.lost,
         bins=bins,
+        error=standard_error([(1.0, one.each)]),
+        change=mean(change),
+        change_error=standard_error([(1.0, change)]),
+        bin_errors=[(standard_error([(1.0, own)]), standard_error([(1.0, more)])) for own, more in both],
     )
 
 
@@ -169,6 +183,16 @@ def _checked(act: Callable[[Given], Result], check: Callable[[], None]) -> Calla
         return act(given)
 
     return checked
+
+
+def _drift(line: LineUp) -> list[Drifted]:
+    start, *experts = line.candidates
+    moves = [(one.name, layer_moves(start, one)) for one in experts]
+    return [
+        Drifted(candidate=name, layers=[(one.layer, one.moved, one.start) for one in layers])
+        for name, layers in moves
+        if layers is not None
+    ]
 
 
 def _draw(gallery: Gallery | None, line: LineUp, number: int, check: Callable[[], None]) -> Drawn:
@@ -183,6 +207,15 @@ def _choice(choice: Sequence[Candidate], line: LineUp, losses: Losses, drawn: Pi
         Answerer(low=part.within.low, high=part.within.high, candidate=one.name)
         for part, one in zip(line.parts, choice, strict=True)
     ]
-    mean = sum(drawn.scores) / len(drawn.scores) if drawn.scores else None
-    loss = pair_loss(choice, line, losses)
-    return Choice(answers=answers, loss=loss, clip=mean, clip_each=drawn.scores, pictures=drawn.paths)
+    score = sum(drawn.scores) / len(drawn.scores) if drawn.scores else None
+    error, change, change_error = choice_change(choice, line, losses)
+    return Choice(
+        answers=answers,
+        loss=pair_loss(choice, line, losses),
+        error=error,
+        change=change,
+        change_error=change_error,
+        clip=score,
+        clip_each=drawn.scores,
+        pictures=drawn.paths,
+    )

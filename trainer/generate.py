@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 
 from shared.amounts import duration_text, size_text
-from shared.contract import ExpertFacts, PairContract, check_pair
+from shared.contract import ExpertFacts, PairContract, check_model, check_pair
 from shared.device import choose_device
-from shared.errors import ConfigError, ContractError, DataError
+from shared.errors import ConfigError, DataError
 from shared.progress import progress, say
 from shared.prompts import read_prompts_file
 from shared.sheet import Card
@@ -103,7 +103,8 @@ def _plan(request: GenerateRequest) -> _Plan:
     checkpoints = [open_expert(path) for path in request.experts]
     facts = [checkpoint.card.facts for checkpoint in checkpoints]
     vae, text = read_vae_facts(request.model), read_text_facts(request.model)
-    contract = _check_together(checkpoints, request.model, vae, text)
+    contract = _check_together(checkpoints)
+    check_model([checkpoint.card for checkpoint in checkpoints], str(request.model), vae.digest, text.digests)
     negatives = request.negative_prompt
     _check_counts(request, len(facts))
     from_t = first_timestep(request, facts, contract)
@@ -147,7 +148,8 @@ def _load(request: GenerateRequest, plan: _Plan) -> Rounds:
     )  # fmt: skip
 
 
-def _check_together(checkpoints: Sequence[Checkpoint], model: Path, vae: VaeFacts, text: TextFacts) -> PairContract:
+def _check_together(checkpoints: Sequence[Checkpoint]) -> PairContract:
+    """The contract of experts that tile the schedule, or of one alone."""
     cards = [checkpoint.card for checkpoint in checkpoints]
     contract = cards[0].contract
     if len(cards) > 1:
@@ -155,12 +157,6 @@ def _check_together(checkpoints: Sequence[Checkpoint], model: Path, vae: VaeFact
     elif len(cards[0].facts.timesteps) < contract.num_timesteps:
         facts = cards[0].facts
         say(f"one expert alone: {facts.name} draws timesteps {facts.timesteps} and leaves the others out")
-    if vae.digest != contract.vae_digest:
-        raise ContractError(f"the VAE of {model} is not the one that the experts' latents come from")
-    for card in cards:
-        for part, digest in card.contract.text_digests.items():
-            if text.digests[part] != digest:
-                raise ContractError(f"the {part} of {model} is not the one that {card.facts.name} was trained with")
     return contract
 
 

@@ -94,7 +94,10 @@ def kohya_metadata(stage: Stage) -> dict[str, Any]:
 
 
 def _require_loras(stages: Sequence[Stage]) -> None:
-    """diffusers drops a DoRA's magnitudes when it reads kohya's names: what cannot be proved is not written."""
+    """Programs make different weights of a DoRA's `dora_scale`, diffusers none: what cannot be proved is not written.
+
+    peft divides W + s B A by its own norm over each output's row, ComfyUI by that of W alone, others by columns.
+    """
     for stage in stages:
         adapter, name = stage.facts.adapter, stage.facts.name
         if adapter is None:

@@ -15,12 +15,13 @@ from torch import Tensor
 from shared.conditioning import PromptEmbeds
 from shared.errors import DataError, Stopped
 from shared.progress import progress, say
+from shared.stopping import stop_requests
 from shared.store import StoreReader
 from trainer.advice import objective_advice
 from trainer.checkpoint import TrainingState, save_checkpoint
 from trainer.compiled import compile_blocks, recompiling_is_an_error, warm_up
 from trainer.config import ExpertConfig
-from trainer.data import BatchReader, prefetch
+from trainer.data import BatchReader, prefetch, read_null_text
 from trainer.ema import Ema
 from trainer.held_out import HeldOut
 from trainer.learning_rate import rate_share
@@ -33,7 +34,6 @@ from trainer.processes import joined
 from trainer.run import Request, Run, make_order, open_run_together
 from trainer.sampler import own_micro_batches
 from trainer.saving import SaveTurns, surviving_a_full_disk
-from trainer.stopping import stop_requests
 from trainer.trackers import Curves
 from trainer.trained import export_of, kept_weights, load_trained, restore_average, seed_layers
 from trainer.unet import ConditionedUnet
@@ -86,6 +86,7 @@ def train_expert(request: Request) -> int:
             settings.scaling_factor,
             config.loss,
             config.seed,
+            read_null_text(store, run.manifest, facts.null_prompt, device),
         )
         pools = view_of(run.manifest, config.data)
         reader = BatchReader(
@@ -94,8 +95,6 @@ def train_expert(request: Request) -> int:
             pools,
             captions=config.data.captions,
             seed=config.seed,
-            caption_dropout=config.loss.caption_dropout,
-            null_prompt=facts.null_prompt,
             pin_memory=device.type == "cuda",
             on_corrupt=lambda path, why: run.log.write("corrupt", path=path, why=why),
         )

@@ -27,6 +27,7 @@ from shared.schedule import (
 )
 from shared.seeding import make_generator
 from trainer.batch import Batch
+from trainer.caption_dropout import drop_captions, dropout_shares
 from trainer.config import LossConfig
 from trainer.timestep_bias import timestep_shares
 
@@ -44,6 +45,11 @@ class DenoisingLoss:
     scaling_factor: float
     settings: LossConfig
     seed: int
+    null_text: PromptEmbeds | None = None  # [1, ...], in place of captions that are dropped; None: zeros
+
+    @cached_property
+    def _dropout_shares(self) -> Tensor:
+        return dropout_shares(self.settings.caption_dropout, self.within).to(self.schedule.device)
 
     @cached_property
     def _bias_sums(self) -> Tensor:
@@ -57,11 +63,12 @@ class DenoisingLoss:
         return sample_biased_timesteps(self.within, self._bias_sums, count, generator)
 
     def __call__(self, predict: Predict, batch: Batch, t: Tensor) -> Tensor:
-        """Loss per sample, fp32 [B], at timesteps t [B], with the posterior and the noise of each sample's place.
+        """Loss per sample, fp32 [B], at timesteps t [B], with the draws of each sample's place: dropout and noises.
 
         Offset noise (Guttenberg 2023, "Diffusion with offset noise") belongs to eps, so it is learned; input
         perturbation (Ning et al. 2023, arXiv:2301.11706) is shown to the UNet and not asked of it.
         """
+        batch = drop_captions(batch, self._dropout_shares[t - self.within.low], self.null_text, self.seed)
         posterior_eps, eps = self.noise("posterior", batch), self.noise("eps", batch)
         if self.settings.offset_noise:
             a_pixel = batch.moments.mean[..., :1, :1]

@@ -5,15 +5,17 @@ DIR/stage_1/               settings and tokenizers, for `from_single_file(FILE, 
 DIR/workflow.json          ComfyUI, its form for programs: two samplers, split at the step of the boundary (comfy.py)
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from shared.conditioning import Layout
 from shared.contract import PairContract
 from shared.errors import ContractError
 from shared.original_layout import original_big_g, original_clip_l, original_unet, original_vae
+from shared.original_settings import attention_counts
 from shared.tensor_file import LazyTensor, cast_to, file_bytes, read_lazily, write_lazily
 from shared.weights import find_weights, read_component_config
 from trainer.bundle_folder import WHOLE, component_files, copy_files, pipeline_index, write_json, write_scheduler
@@ -24,6 +26,8 @@ from trainer.comfy import WORKFLOW_FILE, checkpoint_workflow
 _MODELSPEC_PREDICTION = {"epsilon": "epsilon", "v_prediction": "v"}
 # What every loader takes for granted of a file in this layout: betas (shape, first, last) and how many there are.
 _SCHEDULE = ("scaled_linear", 0.00085, 0.012, 1000)
+# Transformer layers of its blocks on the way down and up: SDXL's with fewer.
+_SSD_1B = [[0, 0], [2, 2], [4, 4]], [[4, 4, 10], [2, 1, 1], [0, 0, 0]]
 
 
 def files_bytes(stages: Sequence[Stage], model: Path) -> int:
@@ -95,12 +99,18 @@ def require_sayable(contract: PairContract) -> None:
         )
 
 
+def architecture(config: Mapping[str, Any], layout: Layout) -> str:
+    """The name by which programs know what a file's UNet is made of, by ModelSpec's list and SwarmUI's for SSD-1B."""
+    if attention_counts(config) == _SSD_1B:
+        return "segmind-stable-diffusion-1b"
+    return f"stable-diffusion-xl-v1-{'base' if layout == 'sdxl' else 'refiner'}"
+
+
 def modelspec(stage: Stage) -> dict[str, str]:
     """What the file says of itself, by https://github.com/Stability-AI/ModelSpec."""
-    kind = "base" if stage.facts.layout == "sdxl" else "refiner"
     return {
         "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": f"stable-diffusion-xl-v1-{kind}",
+        "modelspec.architecture": architecture(stage.config(), stage.facts.layout),
         "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
         "modelspec.title": stage.facts.name,
         "modelspec.license": stage.facts.base_licence or "unknown",

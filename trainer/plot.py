@@ -6,12 +6,13 @@ they plot. Colours are those of Okabe and Ito (2008), which colour-blind readers
 
 import html
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 COLOURS = ("#999999", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 WIDTH, HEIGHT = 760, 300
 LEFT, RIGHT, TOP, BOTTOM = 64, 16, 34, 42
+LETTER, ROW = 7, 18  # what a letter of the legend takes, and a row of it
 DECADES = 1.5  # spread of values from which an axis is logarithmic
 
 
@@ -23,11 +24,11 @@ class Line:
     points: Sequence[tuple[float, float]]
     colour: int
     is_dashed: bool = False
+    bars: Mapping[float, float] = field(default_factory=dict)  # half the height of the error bar at an x
 
-    @property
-    def style(self) -> tuple[int, bool]:
-        """How it looks."""
-        return self.colour, self.is_dashed
+    def ends(self) -> list[float]:
+        """Every y that is drawn, ends of error bars included."""
+        return [y + side * self.bars.get(x, 0.0) for x, y in self.points for side in (-1, 1)]
 
 
 @dataclass(frozen=True)
@@ -54,20 +55,22 @@ def line_plot(
     x_range: tuple[float, float] | None = None,
 ) -> str:
     """An <svg> of curves; `marks` are upright lines (x, what stands there). Empty where there is no point."""
-    lines = [Line(one.label, _finite(one.points), *one.style) for one in lines]
+    lines = [line for line in (replace(one, points=_finite(one.points)) for one in lines) if line.points]
     points = [point for one in lines for point in one.points]
     if not points:
         return ""
+    legend, down = _legend(lines)
     x = _axis(x_label, [*(px for px, _ in points), *(x_range or ())], may_be_log=False)
-    y = _axis(y_label, [py for _, py in points], may_be_log=True)
+    y = _axis(y_label, [py for _, py in points], [end for one in lines for end in one.ends()], may_be_log=True)
     parts = [
-        f'<svg class=plot viewBox="0 0 {WIDTH} {HEIGHT}" role=img aria-label="{html.escape(title)}">',
+        f'<svg class=plot viewBox="0 0 {WIDTH} {HEIGHT + down}" role=img aria-label="{html.escape(title)}">',
         f"<title>{html.escape(title)}</title>",
+        *legend,
+        f'<g transform="translate(0 {down})">',
         *_grid(x, y),
         *(_mark(x, value, label) for value, label in marks if x.low <= value <= x.high),
         *(part for one in lines for part in _curve(one, x, y)),
-        *_legend(lines),
-        "</svg>",
+        "</g></svg>",
     ]
     return "\n".join(parts)
 
@@ -107,12 +110,14 @@ def _finite(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     return [point for point in points if all(math.isfinite(value) for value in point)]
 
 
-def _axis(label: str, values: Sequence[float], *, may_be_log: bool) -> Axis:
+def _axis(label: str, values: Sequence[float], ends: Sequence[float] = (), *, may_be_log: bool) -> Axis:
+    """An axis that has room for all `values` and, where it is not logarithmic, for the `ends` of their error bars."""
     low, high = min(values), max(values)
     if not may_be_log:
         return Axis(label, low, high)
     if low > 0 and math.log10(high / low) > DECADES:
         return Axis(label, low / 1.2, high * 1.2, is_log=True)
+    low, high = min(low, *ends, low), max(high, *ends, high)
     pad = (high - low) * 0.08 or abs(high) * 0.1 or 1.0
     return Axis(label, 0.0 if 0 <= low < pad else low - pad, high + pad)
 
@@ -159,21 +164,39 @@ def _curve(line: Line, x: Axis, y: Axis) -> list[str]:
     places = [(_x(x, px), _y(y, py)) for px, py in line.points]
     path = "M" + "L".join(f"{px} {py}" for px, py in places)
     dashes = ' stroke-dasharray="5 4"' if line.is_dashed else ""
+    bars = [_bar(line, colour, point, x, y) for point in line.points if line.bars.get(point[0])]
     dots = [
-        f'<circle cx="{px}" cy="{py}" r="3" fill="{colour}"><title>{html.escape(line.label)}: {shown(own[1])} at '
-        f"{shown(own[0])}</title></circle>"
+        f'<circle cx="{px}" cy="{py}" r="3" fill="{colour}"><title>{html.escape(_told(line, own))}</title></circle>'
         for (px, py), own in zip(places, line.points, strict=True)
     ]
-    return [f'<path class=curve d="{path}" stroke="{colour}"{dashes}/>', *dots]
+    return [f'<path class=curve d="{path}" stroke="{colour}"{dashes}/>', *bars, *dots]
 
 
-def _legend(lines: Sequence[Line]) -> list[str]:
-    parts, at = [], LEFT
+def _bar(line: Line, colour: str, point: tuple[float, float], x: Axis, y: Axis) -> str:
+    """An error bar, cut where the frame ends; those of several curves stand beside each other."""
+    half = line.bars[point[0]]
+    low, high = (min(max(point[1] + side * half, y.low), y.high) for side in (-1, 1))
+    at = round(_x(x, point[0]) + 2 * (line.colour % len(COLOURS) - 1), 1)
+    return f'<line class=bar x1="{at}" x2="{at}" y1="{_y(y, low)}" y2="{_y(y, high)}" stroke="{colour}"/>'
+
+
+def _told(line: Line, point: tuple[float, float]) -> str:
+    """What stands under the pointer."""
+    half = line.bars.get(point[0])
+    return f"{line.label}: {shown(point[1])}{f' ± {half:.2g}' if half else ''} at {shown(point[0])}"
+
+
+def _legend(lines: Sequence[Line]) -> tuple[list[str], int]:
+    """The legend above the frame, and how much room it takes besides the one row that has its place there."""
+    parts, at, down = [], LEFT, 0
     for line in lines:
+        width = 28 + LETTER * len(line.label)
+        if at > LEFT and at + width > WIDTH:
+            at, down = LEFT, down + ROW
         colour, dashes = COLOURS[line.colour % len(COLOURS)], ' stroke-dasharray="5 4"' if line.is_dashed else ""
         parts.append(
-            f'<line x1="{at}" x2="{at + 22}" y1="14" y2="14" stroke="{colour}" stroke-width="2"{dashes}/>'
-            f'<text x="{at + 28}" y="18">{html.escape(line.label)}</text>'
+            f'<line x1="{at}" x2="{at + 22}" y1="{down + 14}" y2="{down + 14}" stroke="{colour}" stroke-width="2"'
+            f'{dashes}/><text x="{at + 28}" y="{down + 18}">{html.escape(line.label)}</text>'
         )
-        at += 28 + 8 * len(line.label) + 24
-    return parts
+        at += width + 16
+    return parts, down

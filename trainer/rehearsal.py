@@ -22,7 +22,7 @@ from shared.progress import say
 from shared.store import StoreReader
 from trainer.advice import objective_advice
 from trainer.config import ExpertConfig
-from trainer.data import BatchReader
+from trainer.data import BatchReader, read_null_text
 from trainer.loop import predict_in_precision
 from trainer.loss import DenoisingLoss
 from trainer.memory import count_memory, pass_on_meta, state_bytes
@@ -164,28 +164,27 @@ def _time(request: Request, found: Prospect, pools: list[Pool], device: torch.de
     """
     config, settings = request.config, found.manifest.settings
     unet = load_trained(config, found.start, found.checkpoint, device)
-    loss = DenoisingLoss(
-        found.card.contract.schedule(device),
-        config.range,
-        config.schedule.prediction_type,
-        settings.scaling_factor,
-        config.loss,
-        config.seed,
-    )
     model = ConditionedUnet(unet, found.card.facts.layout, settings.text_widths[1])
     predict = partial(predict_in_precision, model, config, device)
     trained = [parameter for parameter in unet.parameters() if parameter.requires_grad]
     optimizer = Optimizer(trained, config.optimizer, is_lean=config.precision == "bf16-lean")
     order = Order(pools, config.batch, config.seed)
     with StoreReader(request.store) as store:
+        loss = DenoisingLoss(
+            found.card.contract.schedule(device),
+            config.range,
+            config.schedule.prediction_type,
+            settings.scaling_factor,
+            config.loss,
+            config.seed,
+            read_null_text(store, found.manifest, found.card.facts.null_prompt, device),
+        )
         reader = BatchReader(
             store,
             found.manifest,
             pools,
             captions=config.data.captions,
             seed=config.seed,
-            caption_dropout=config.loss.caption_dropout,
-            null_prompt=found.card.facts.null_prompt,
             pin_memory=device.type == "cuda",
             on_corrupt=lambda path, why: say(f"corrupt: {path}: {why}"),
         )

@@ -73,6 +73,14 @@ class StretchLoss(_Part):
     """Draws whose records could not be read."""
     bins: list[tuple[int, int, float | None, int]]
     """[low, high, loss, draws] of stretches of 50 timesteps."""
+    error: float | None = None
+    """Standard error of the loss, for want of held-out samples."""
+    change: float | None = None
+    """What it is above the start model's loss, by the draws that both have."""
+    change_error: float | None = None
+    """Standard error of that."""
+    bin_errors: list[tuple[float | None, float | None]] = []
+    """Standard errors of the loss and of the change, in the order of `bins`."""
 
 
 class Answerer(_Part):
@@ -93,6 +101,12 @@ class Choice(_Part):
     """From low timesteps to high."""
     loss: float | None
     """Eval loss over the whole schedule."""
+    error: float | None = None
+    """Standard error of the loss, for want of held-out samples."""
+    change: float | None = None
+    """What it is above the start model's loss, by the draws that both have."""
+    change_error: float | None = None
+    """Standard error of that."""
     clip: float | None = None
     """Mean CLIP score of its pictures, where there was a CLIP."""
     clip_each: list[float] = []
@@ -142,6 +156,15 @@ class HandOver(_Part):
     """Of the pictures' own latents, noised to that step."""
 
 
+class Drifted(_Part):
+    """How far an expert's weights have moved from the start model's."""
+
+    candidate: str
+    """Name of the expert."""
+    layers: list[tuple[str, float | None, float | None]]
+    """[name, Frobenius norm of the difference, and of the start model's weights] of each layer."""
+
+
 class SweepPoint(_Part):
     """Both experts handing over at another timestep."""
 
@@ -172,6 +195,8 @@ class Round(_Part):
     """Held-out pictures of each data set, finished from below the lowest boundary."""
     finished_from: float | None = None
     """Timestep that they were noised to."""
+    drift: list[Drifted] = []
+    """Of every expert whose UNet is like the start model's."""
     handover: list[HandOver] = []
     """What is handed over at the lowest boundary, by everybody who may answer above it."""
 

@@ -4,28 +4,24 @@ Names, captions and prompts are other people's text: every one of them is escape
 """
 
 import html
-from collections.abc import Callable, Iterable, Sequence
-from itertools import pairwise
 from pathlib import Path
 
-from trainer.eval_axis import BESIDE
-from trainer.lineup import START
+from trainer.page_drift import drift_of
+from trainer.page_losses import beside_boundaries, by_timestep, over_rounds
 from trainer.page_pictures import STYLE as PICTURE_STYLE
-from trainer.page_pictures import choice_name, pictures_of
+from trainer.page_pictures import pictures_of
+from trainer.page_tables import STYLE as TABLE_STYLE
+from trainer.page_tables import mean_of, number, percent, table
 from trainer.plot import Line, line_plot, shown
-from trainer.report import Choice, JudgedExpert, Report, Round, StretchLoss
+from trainer.report import Choice, JudgedExpert, Report, Round
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; padding: 0 1rem; color: #222; }
 h2 { margin-top: 2.2rem; } code { overflow-wrap: anywhere; } .note { color: #8a4b00; }
-table { border-collapse: collapse; margin: 1rem 0; }
-th, td { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid #ddd; }
-th.text, td.text { text-align: left; }
-.best { font-weight: 600; background: #e8f4ec; }
 .plot { width: 100%; max-width: 58rem; height: auto; display: block; font: 11px system-ui, sans-serif; margin: 1rem 0; }
 .plot .grid { stroke: #eee; } .plot .tick { stroke: #888; } .plot .frame { fill: none; stroke: #888; }
 .plot .curve { fill: none; stroke-width: 2; } .plot line.mark { stroke: #bbb; stroke-dasharray: 2 3; }
-.plot text.mark { fill: #777; }
+.plot text.mark { fill: #777; } .plot .bar { stroke-width: 1; opacity: .6; }
 """
 
 
@@ -34,35 +30,20 @@ def report_page(report: Report, out: Path) -> str:
     newest = report.rounds[-1]
     parts = [
         "<!doctype html><html lang=en><meta charset=utf-8><title>Experts, evaluated</title>",
-        f"<style>{STYLE}{PICTURE_STYLE}</style><h1>Experts, evaluated</h1>",
+        f"<style>{STYLE}{TABLE_STYLE}{PICTURE_STYLE}</style><h1>Experts, evaluated</h1>",
         *_what(report, newest),
         "<h2>Every way to fill the parts</h2>",
-        _choices(newest),
+        *_choices(newest),
         *pictures_of(report, newest, out),
         "<h2>Loss by timestep</h2>",
-        *_losses(newest),
-        *_beside(newest),
+        *by_timestep(newest),
+        *beside_boundaries(newest),
         *_handover(newest),
         *_sweep(newest),
-        *_over_rounds(report),
+        *drift_of(newest),
+        *over_rounds(report),
     ]
     return "\n".join(part for part in parts if part) + "\n"
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]], texts: int = 1) -> str:
-    """A <table> of cells that are HTML already: `texts` columns of words, then numbers."""
-    lines = [_row("th", head, texts), *(_row("td", row, texts) for row in rows)]
-    return f"<table><thead>{lines[0]}</thead><tbody>{''.join(lines[1:])}</tbody></table>"
-
-
-def _row(tag: str, cells: Sequence[str], texts: int) -> str:
-    kinds = [" class=text" if index < texts else "" for index in range(len(cells))]
-    return "<tr>" + "".join(f"<{tag}{kind}>{cell}</{tag}>" for kind, cell in zip(kinds, cells, strict=True)) + "</tr>"
-
-
-def number(value: float | None) -> str:
-    """A number for a cell; a dash where there is none."""
-    return "–" if value is None else shown(value)
 
 
 def _what(report: Report, newest: Round) -> list[str]:
@@ -88,84 +69,45 @@ def _state(one: JudgedExpert) -> str:
     return f"step {one.step}, {'averaged' if one.weights == 'ema' else 'raw'} weights"
 
 
-def _choices(newest: Round) -> str:
+def _choices(newest: Round) -> list[str]:
     """The table of all choices, high timesteps first, as a picture is drawn."""
-    parts = list(reversed(newest.choices[0].answers))
+    start = newest.choices[0]
+    parts = list(reversed(start.answers))
     head = [f"timesteps [{part.low}, {part.high})" for part in parts]
     best_loss = min((one.loss for one in newest.choices if one.loss is not None), default=None)
     best_clip = max((one.clip for one in newest.choices if one.clip is not None), default=None)
     rows = [
         [
             *(html.escape(answer.candidate) for answer in reversed(one.answers)),
-            _marked(one.loss, best_loss),
-            _marked(one.clip, best_clip),
+            _marked(one.loss, one.error, best_loss),
+            "–" if one is start else percent(one.change, one.change_error, start.loss),
+            _marked(one.clip, mean_of(one.clip_each)[1], best_clip),
+            _clip_change(one, start),
         ]
         for one in newest.choices
     ]
-    return table([*head, "eval loss", "CLIP score"], rows, texts=len(parts))
-
-
-def _marked(value: float | None, best: float | None) -> str:
-    return f"<span class=best>{number(value)}</span>" if value is not None and value == best else number(value)
-
-
-def _losses(newest: Round) -> list[str]:
-    """Everybody on one axis: each on its own part drawn through, elsewhere dashed."""
-    parts, names = newest.choices[-1].answers, _names(newest)
-    lines = []
-    for colour, name in enumerate(names):
-        for part in parts:
-            of = _stretch(newest, name, part.low, part.high)
-            points = [] if of is None else [((a + b) / 2, loss) for a, b, loss, _ in of.bins if loss is not None]
-            is_own = name in (START, part.candidate)
-            lines.append(Line(name if is_own else f"{name}, elsewhere", points, colour, is_dashed=not is_own))
-    marks = [(part.low, f"boundary {part.low}") for part in parts[1:]]
-    axis = (0.0, float(parts[-1].high))
-    plot = line_plot("Eval loss by timestep", _joined(lines), "timestep", "eval loss", marks, axis)
-    change = line_plot("Change of loss by timestep", _changes(lines), "timestep", "against the start, %", marks, axis)
-    rows = [
-        [html.escape(name), *(number(_loss(newest, name, part.low, part.high)) for part in reversed(parts))]
-        for name in names
+    columns = ["eval loss", "against the start", "CLIP score", "against the start"]
+    has_clip = best_clip is not None
+    return [
+        table(
+            [*head, *columns][: None if has_clip else -2], (row[: None if has_clip else -2] for row in rows), len(parts)
+        ),
+        "<p>± are 1.96 standard errors, for want of held-out samples (losses) or prompts (scores). Changes are of the "
+        "same draws: they are known better than what they are changes of.</p>",
     ]
-    return [plot, change, table(["", *(f"[{part.low}, {part.high})" for part in reversed(parts))], rows)]
 
 
-def _changes(lines: Sequence[Line]) -> list[Line]:
-    """Each curve as its change against the start model's, in per cent; below 0 is better."""
-    start = {x: y for one in lines if one.label == START for x, y in one.points}
-    return _joined(
-        [
-            Line(one.label, [(x, 100 * (y / start[x] - 1)) for x, y in one.points if start.get(x)], *one.style)
-            for one in lines
-        ]
-    )
+def _clip_change(one: Choice, start: Choice) -> str:
+    """What each picture scores above the start model's of the same prompt and seed."""
+    if one is start or len(one.clip_each) != len(start.clip_each):
+        return "–"
+    value, error = mean_of([own - other for own, other in zip(one.clip_each, start.clip_each, strict=True)])
+    return "–" if value is None else f"{value:+.2f}" + number(0.0, error)[1:]
 
 
-def _joined(lines: Sequence[Line]) -> list[Line]:
-    """Lines of the same label as one, so that a legend names each once."""
-    joined: dict[str, Line] = {}
-    for one in lines:
-        before = joined[one.label].points if one.label in joined else []
-        joined[one.label] = Line(one.label, [*before, *one.points], *one.style)
-    return [one for one in joined.values() if one.points]
-
-
-def _beside(newest: Round) -> list[str]:
-    """The timesteps on either side of each boundary."""
-    answers = newest.choices[-1].answers
-    found = []
-    for lower, upper in pairwise(answers):
-        if START in (lower.candidate, upper.candidate):
-            continue
-        near = {(one.low, one.high) for one in newest.losses if upper.low in (one.low, one.high)}
-        ranges = sorted((low, high) for low, high in near if high - low <= BESIDE)
-        rows = [
-            [html.escape(name), *(number(_loss(newest, name, low, high)) for low, high in ranges)]
-            for name in _names(newest)
-        ]
-        found.append(f"<h3>On either side of {upper.low}</h3>")
-        found.append(table(["", *(f"[{low}, {high})" for low, high in ranges)], rows))
-    return found
+def _marked(value: float | None, error: float | None, best: float | None) -> str:
+    told = number(value, error)
+    return f"<span class=best>{told}</span>" if value is not None and value == best else told
 
 
 def _handover(newest: Round) -> list[str]:
@@ -205,38 +147,3 @@ def _sweep(newest: Round) -> list[str]:
         f"{shown(best[1])} at {best[0]:.0f}.</p>",
         line_plot("Loss by boundary", [Line("eval loss", losses, 1)], "boundary", "eval loss", mark),
     ]
-
-
-def _over_rounds(report: Report) -> list[str]:
-    if len(report.rounds) < 2:
-        return []
-    return [
-        "<h2>Round by round</h2>",
-        _curves(report, "Eval loss by step", "eval loss", lambda choice: choice.loss),
-        _curves(report, "CLIP score by step", "CLIP score", lambda choice: choice.clip),
-    ]
-
-
-def _curves(report: Report, title: str, what: str, value_of: Callable[[Choice], float | None]) -> str:
-    """A number of each choice over the optimizer steps that both experts have done together."""
-    lines: dict[str, list[tuple[float, float]]] = {}
-    for one in report.rounds:
-        steps = float(sum(expert.step or 0 for expert in one.experts))
-        for choice in one.choices:
-            if (value := value_of(choice)) is not None:
-                lines.setdefault(choice_name(choice), []).append((steps, value))
-    curves = [Line(name, points, colour) for colour, (name, points) in enumerate(lines.items())]
-    return line_plot(title, curves, "steps of all experts together", what)
-
-
-def _names(newest: Round) -> list[str]:
-    return list(dict.fromkeys(one.candidate for one in newest.losses))
-
-
-def _stretch(newest: Round, name: str, low: int, high: int) -> StretchLoss | None:
-    return next((one for one in newest.losses if (one.candidate, one.low, one.high) == (name, low, high)), None)
-
-
-def _loss(newest: Round, name: str, low: int, high: int) -> float | None:
-    found = _stretch(newest, name, low, high)
-    return None if found is None else found.loss

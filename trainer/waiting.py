@@ -6,7 +6,7 @@ from pathlib import Path
 from shared.errors import Stopped
 from shared.manifest import current_digest, list_manifests
 from shared.progress import say
-from trainer.stopping import stop_requests
+from shared.stopping import stop_requests
 
 PAUSE_S = 2.0  # between two looks
 

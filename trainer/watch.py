@@ -20,6 +20,7 @@ import torch
 from shared.device import choose_device
 from shared.errors import CheckpointError, ConfigError, ExpertsError, Stopped
 from shared.progress import say
+from shared.stopping import StopRequest, stop_requests
 from shared.store import StoreReader
 from trainer.bench import Bench, open_bench
 from trainer.checkpoint import Checkpoint, newest_checkpoint
@@ -29,7 +30,6 @@ from trainer.lineup import LineUp, line_up
 from trainer.report import JudgedExpert, Report, Round, read_report, write_report
 from trainer.report_page import report_page
 from trainer.rotation import list_checkpoints
-from trainer.stopping import StopRequest, stop_requests
 from trainer.trackers import Curves
 
 PAUSE_S = 2.0  # between two looks
@@ -48,6 +48,7 @@ def watch(request: EvaluateRequest, max_share: float, trackers: Sequence[str] = 
         if (run / "checksums.json").exists() or run.is_file():
             raise ConfigError(f"--watch follows run folders; {run} is one checkpoint")
     device = choose_device(request.device)
+    shutil.rmtree(request.out / HELD, ignore_errors=True)  # of a watch that was killed
     report, curves = read_report(request.out), Curves(request.out, 0, tuple(trackers), "sdxl-experts", {})
     try:
         with StoreReader(request.store) as store, stop_requests() as stop:

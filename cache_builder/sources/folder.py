@@ -16,9 +16,10 @@ from cache_builder.captions import MAX_CAPTION_BYTES, CaptionRules, parse_captio
 from cache_builder.scan_cache import ScanCache, file_state, read_remembered
 from cache_builder.sources import Found, MetaValue, Skipped
 from cache_builder.sources.columns import Complaints, name_caption
-from cache_builder.sources.files import entry_kind, list_folder, printable, read_regular, tally_key
+from cache_builder.sources.files import entry_kind, list_folder, printable, tally_key
 from cache_builder.sources.metadata import Entry, read_metadata
 from cache_builder.sources.rules import SourceRules
+from shared.beneath import read_regular
 from shared.errors import DataError
 from shared.pictures import EXTENSIONS
 

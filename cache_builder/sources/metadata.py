@@ -11,10 +11,10 @@ from typing import Any
 from cache_builder.captions import CaptionRules
 from cache_builder.sources import MetaValue, Skipped
 from cache_builder.sources.columns import Columns, Complaints, first_filled
-from cache_builder.sources.files import open_beneath, relative_path
 from cache_builder.sources.parquet import ParquetTable
 from cache_builder.sources.rows import BadRow, Row, csv_types, read_csv, read_jsonl
 from cache_builder.sources.rules import SourceRules
+from shared.beneath import open_beneath, relative_path
 from shared.errors import DataError
 
 

@@ -18,8 +18,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cache_builder.sources.files import open_beneath
 from cache_builder.sources.rows import BadRow, Row
+from shared.beneath import open_beneath
 from shared.errors import DataError
 
 BATCH_BYTES = 16 << 20  # aimed at, by the mean size of a row

@@ -15,10 +15,11 @@ from typing import Any, BinaryIO
 from cache_builder.captions import CaptionRules
 from cache_builder.sources import Found, Skipped
 from cache_builder.sources.columns import Columns, Complaints
-from cache_builder.sources.files import find_shards, open_beneath, printable, read_beneath, relative_path
+from cache_builder.sources.files import find_shards, printable
 from cache_builder.sources.parquet import Batch, Embedded, ParquetTable, PictureShelf
 from cache_builder.sources.rows import BadRow, Row, csv_columns, csv_types, read_csv, read_jsonl
 from cache_builder.sources.rules import TABLE_SUFFIXES, SourceRules
+from shared.beneath import open_beneath, read_beneath, relative_path
 from shared.errors import DataError
 
 

@@ -20,8 +20,9 @@ from cache_builder.captions import MAX_CAPTION_BYTES, CaptionRules, parse_captio
 from cache_builder.sources import Found, MetaValue, Skipped
 from cache_builder.sources.archive import Member, Refused, members
 from cache_builder.sources.columns import Columns, Complaints, first_with_words, name_caption
-from cache_builder.sources.files import find_shards, open_beneath, printable, read_span, relative_path
+from cache_builder.sources.files import find_shards, printable, read_span
 from cache_builder.sources.rules import SourceRules
+from shared.beneath import open_beneath, relative_path
 from shared.errors import ConfigError, DataError
 from shared.pictures import EXTENSIONS
 

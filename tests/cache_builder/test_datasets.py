@@ -136,7 +136,7 @@ def test_the_account_is_the_same_in_every_form(form: str, place: Path, tmp_path:
 def test_a_trainer_reads_what_has_columns_of_its_own(place: Path, tmp_path: Path, tiny_model: Path) -> None:
     run(load_config(BuildConfig, [place / "sets.toml"], ["split.eval_fraction=0"]), tmp_path / "store", tiny_model)
     manifest = open_manifest(tmp_path / "store", "main")
-    options: dict[str, Any] = {"seed": 0, "caption_dropout": 0.0, "null_prompt": "zeros", "pin_memory": False}
+    options: dict[str, Any] = {"seed": 0, "pin_memory": False}
     read = 0
     with StoreReader(tmp_path / "store") as store:
         pools = view_of(manifest, DataConfig())

@@ -19,7 +19,7 @@ from cache_builder.diff import diff_folder
 from cache_builder.dry_run import DryRunOptions, dry_run
 from cache_builder.report import BuildReport
 from cache_builder.scan_cache import MAX_VALUE_BYTES, ScanCache, cache_path, file_state
-from cache_builder.sources import files
+from shared import beneath
 from shared.config import load_config
 from shared.store import StoreReader
 from tests.pictures import write_shapes
@@ -33,13 +33,13 @@ Build = Callable[..., BuildReport]
 def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the files that a source opens."""
     names: list[str] = []
-    open_regular = files.open_regular
+    open_regular = beneath.open_regular
 
     def listen(path: str, *more: Any) -> Any:
         names.append(os.path.basename(path))
         return open_regular(path, *more)
 
-    monkeypatch.setattr(files, "open_regular", listen)
+    monkeypatch.setattr(beneath, "open_regular", listen)
     return names
 
 

@@ -13,6 +13,11 @@ from typing import Any
 
 import pytest
 
+from shared.original_layout import original_big_g, original_clip_l, original_unet, original_vae
+from shared.tensor_file import LazyTensor, read_lazily, write_lazily
+from shared.text_encoders import tokenizer_digest
+from shared.weights import find_weights, read_component_config
+
 COMMIT = "0" * 39 + "1"
 REPOSITORY = "someone/model"
 
@@ -139,3 +144,41 @@ except DataError as error:
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) == 1
     assert done.stdout.startswith("no model folder nobody/nothing, and the Hub did not give it: ")
+
+
+def write_original(model: Path, file: Path) -> Path:
+    """A diffusers folder as one file in the original layout."""
+
+    def own(part: str) -> tuple[dict[str, LazyTensor], dict[str, Any]]:
+        return read_lazily(find_weights(model / part)), read_component_config(model / part)
+
+    tensors = original_unet(*own("unet")) | original_vae(*own("vae"))
+    tensors |= original_clip_l(own("text_encoder")[0]) | original_big_g(own("text_encoder_2")[0], 1)
+    write_lazily(file, tensors, {})
+    return file
+
+
+@pytest.mark.parametrize("way", ["config", "default"])
+def test_a_single_file_gets_its_settings_and_tokenizers_but_no_weights(
+    hub: tuple[str, list[str]], tiny_model: Path, tmp_path: Path, way: str
+) -> None:
+    address, asked = hub
+    file = write_original(tiny_model, tmp_path / "file.safetensors")
+    settings = f"{REPOSITORY!r}" if way == "config" else "None"
+    code = f"""
+from shared import model_folder, single_file
+from shared.text_encoders import tokenizer_digest
+model_folder.SDXL = "{REPOSITORY}"
+if {way!r} == "default":  # heads of these widths are in no shape
+    single_file.fitted = lambda part, read, given: dict(read)
+folder = model_folder.resolve_model({str(file)!r}, model_folder.COMPONENTS, {settings})
+print(tokenizer_digest(folder / "tokenizer"), tokenizer_digest(folder / "tokenizer_2"))
+"""
+    done = run_with(address, tmp_path / "cache", code)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [tokenizer_digest(tiny_model / part) for part in ("tokenizer", "tokenizer_2")]
+    fetched = {path.split("/", 5)[5] for path in asked if "/resolve/" in path}
+    assert all(name.endswith((".json", ".txt")) for name in fetched)
+    assert (way == "default") == all(name.startswith("tokenizer") for name in fetched)
+    again = run_with("http://127.0.0.1:9", tmp_path / "cache", code, offline="1")  # the Hub's cache serves it
+    assert (again.returncode, again.stdout) == (0, done.stdout), again.stderr

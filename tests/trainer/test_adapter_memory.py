@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from shared.config import load_config
-from tests.trainer.test_full_size import BASE, REFINER, SSD_1B
+from tests.trainer.full_size_configs import BASE, REFINER, SSD_1B
 from trainer.adapter import adapter_weights, add_adapter, shapes_of
 from trainer.config import ExpertConfig
 from trainer.ema import Ema

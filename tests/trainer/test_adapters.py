@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from shared.errors import CheckpointError, ConfigError, ContractError
+from tests.trainer.unet_answer import answer
 from trainer.adapter import ADAPTER_FILE, load_adapter, merge_adapter
 from trainer.checkpoint import open_expert
 from trainer.drawing import GenerateRequest
@@ -27,17 +28,6 @@ LORA = ("adapter.rank=4", "adapter.alpha=8.0", "optimizer.learning_rate=1e-2", "
 
 def tensors(run: Path, folder: str, file: str) -> dict[str, Tensor]:
     return load_file(open_expert(run).path / folder / file)
-
-
-def answer(unet: Any) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    x, states = torch.randn(1, 4, 8, 8, generator=generator), torch.randn(1, 77, 96, generator=generator)
-    added = {"text_embeds": torch.ones(1, 48), "time_ids": torch.ones(1, 6)}
-    with torch.inference_mode():
-        out: Tensor = unet(
-            x, torch.tensor([300]), encoder_hidden_states=states, added_cond_kwargs=added, return_dict=False
-        )[0]
-    return out
 
 
 @pytest.fixture(scope="module")

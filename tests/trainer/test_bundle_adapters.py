@@ -11,9 +11,8 @@ import pytest
 import torch
 from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline, UniPCMultistepScheduler
 from PIL import Image
-from torch import Tensor
 
-from demo.tiny_model import POOLED_WIDTH, TEXT_WIDTHS
+from tests.trainer.unet_answer import answer
 from trainer.adapter import load_adapter
 from trainer.bundle import BundleRequest, bundle
 from trainer.checkpoint import open_expert
@@ -25,16 +24,6 @@ from trainer.unet import load_unet
 CPU = torch.device("cpu")
 LORA = ("adapter.rank=4", "adapter.alpha=6", 'adapter.targets=["attention","*.conv1"]', "optimizer.learning_rate=1e-1")
 PROMPT = "a red circle on white"
-
-
-def answer(unet: Any) -> Tensor:
-    generator = torch.Generator().manual_seed(2)
-    added = {"text_embeds": torch.randn(1, POOLED_WIDTH, generator=generator), "time_ids": torch.ones(1, 6) * 64}
-    states = torch.randn(1, 77, sum(TEXT_WIDTHS), generator=generator)
-    x = torch.randn(1, 4, 8, 8, generator=generator)
-    with torch.inference_mode():
-        output: Tensor = unet(x, 500, states, added_cond_kwargs=added, return_dict=False)[0]
-    return output
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +108,7 @@ def test_a_pair_of_adapters_draws_our_loops_picture(
 def test_merged_they_are_whole_folders(
     request_of: Callable[..., BundleRequest], adapters: tuple[Path, Path], tiny_model: Path, tmp_path: Path
 ) -> None:
-    out = bundle(request_of(merge=True))
+    out = bundle(request_of(merge_adapters=True))
     base = StableDiffusionXLPipeline.from_pretrained(out / "stage_1", use_safetensors=True)
     refiner = StableDiffusionXLImg2ImgPipeline.from_pretrained(out / "stage_2", use_safetensors=True)
     ours = our_loop(adapters, tiny_model, tmp_path / "ours").astype(int)

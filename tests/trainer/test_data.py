@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 
-from shared.contract import NullPrompt
 from shared.errors import DataError
 from shared.manifest import Manifest, open_manifest
 from shared.manifest_rows import ManifestRow
@@ -30,8 +29,6 @@ Corrupt = list[tuple[str, str]]
 def reader_of(
     store: StoreReader,
     manifest: Manifest,
-    dropout: float = 0.0,
-    null: NullPrompt = "zeros",
     corrupt: Corrupt | None = None,
     seed: int = 0,
 ) -> BatchReader:
@@ -42,8 +39,6 @@ def reader_of(
         view_of(manifest, DataConfig()),
         captions="random",
         seed=seed,
-        caption_dropout=dropout,
-        null_prompt=null,
         pin_memory=False,
         on_corrupt=lambda path, why: heard.append((path, why)),
     )
@@ -106,32 +101,6 @@ def test_tensors_that_the_trainer_does_not_know_are_passed_over(world: Any, tmp_
     assert plain.moments.logvar is not None
     assert torch.equal(masked.moments.mean, plain.moments.mean)
     assert torch.equal(masked.moments.logvar, plain.moments.logvar)
-
-
-@pytest.mark.parametrize("null", ["zeros", "encoded"])
-def test_dropout_takes_the_caption_and_nothing_else(world: Any, null: NullPrompt) -> None:
-    manifest = open_manifest(world.store, "main")
-    order = Order(view_of(manifest, DataConfig()), 3, 0)
-    with StoreReader(world.store) as store:
-        with store.snapshot() as snapshot:
-            empty = snapshot.read(bytes.fromhex(manifest.settings.null_text_key)).tensors
-        kept = [reader_of(store, manifest).read(order[i]) for i in range(60)]
-        dropped = [reader_of(store, manifest, 0.3, null).read(order[i]) for i in range(60)]
-        every = reader_of(store, manifest, 1.0, null).read(order[0])
-    null_embeds = torch.from_numpy(empty["prompt_embeds"].copy())
-    null_embeds = torch.zeros_like(null_embeds) if null == "zeros" else null_embeds
-    assert all(torch.equal(row, null_embeds) for row in every.text.prompt_embeds)
-    count = 0
-    for with_text, batch in zip(kept, dropped, strict=True):
-        assert torch.equal(with_text.time_ids, batch.time_ids)
-        assert torch.equal(with_text.moments.mean, batch.moments.mean)
-        assert batch.time_ids.abs().sum(dim=1).gt(0).all()
-        for i in range(3):
-            is_null = torch.equal(batch.text.prompt_embeds[i], null_embeds)
-            assert is_null or torch.equal(batch.text.prompt_embeds[i], with_text.text.prompt_embeds[i])
-            assert (batch.text.pooled_prompt_embeds[i].abs().sum() == 0) == (is_null and null == "zeros")
-            count += is_null
-    assert 0.2 < count / 180 < 0.4  # 3 deviations around 0.3 are +-0.1
 
 
 def test_each_caption_is_shown_equally_often(world: Any) -> None:

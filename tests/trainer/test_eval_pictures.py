@@ -9,10 +9,15 @@ import pytest
 import torch
 from PIL import Image
 
+from cache_builder.build import BuildOptions, build
+from cache_builder.config import BuildConfig
+from cache_builder.sources.folder import FolderSource
 from demo.clip_score import clip_cosines
 from demo.prompts import make_prompts
+from shared.config import load_config
 from shared.errors import ConfigError, ContractError, DataError
 from shared.model_folder import resolve_clip
+from tests.pictures import write_shapes
 from trainer.clip_score import ClipScorer
 from trainer.drawing import GenerateRequest
 from trainer.ensemble import DrawSettings
@@ -101,7 +106,7 @@ class ForTorchmetrics:
 
 
 def test_scores_are_those_of_torchmetrics() -> None:
-    multimodal = pytest.importorskip("torchmetrics.functional.multimodal")
+    from torchmetrics.functional import multimodal
     from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPProcessor
 
     processor = CLIPProcessor(CLIPImageProcessorPil.from_pretrained(CLIP), AutoTokenizer.from_pretrained(CLIP))
@@ -140,6 +145,27 @@ def test_each_data_set_has_its_share(judge_in: Callable[..., Any], world: Any, t
     assert [one.dataset for one in report.rounds[0].finished] == ["shapes"]
     page = (tmp_path / "out" / "report.html").read_text()
     assert page.count('<img src="data:image/jpeg;base64,') == 3
+
+
+def test_of_two_data_sets_each_has_its_share(judge_in: Callable[..., Any], world: Any, tmp_path: Path) -> None:
+    """Both finished beside themselves, each under its own name, by their own captions, in report and page."""
+    own = world.copy(tmp_path / "store")
+    write_shapes(tmp_path / "more", 40, seed=5)
+    config = load_config(BuildConfig, [], ["images.resolution=64", "images.step=16", "split.eval_fraction=0.3"])
+    folders = {"shapes": world.pictures, "more": tmp_path / "more"}
+    sources = [FolderSource(path, name, config.captions, config.images.max_bytes) for name, path in folders.items()]
+    build(sources, own.model, config, BuildOptions(own.store, "both", "cpu"))
+    wish = PictureWish((), SETTINGS, held_out=2)
+    report = judge_in(tmp_path / "out", draws=1, store=own.store, manifest="both", pictures=wish)
+    finished = report.rounds[0].finished
+    assert [one.dataset for one in finished] == ["more", "more", "shapes", "shapes"]
+    assert len({one.name for one in finished}) == 4
+    assert len({pixels_of(tmp_path / "out" / one.source).tobytes() for one in finished}) == 4
+    captions = {name: {file.read_text() for file in path.rglob("*.txt")} for name, path in folders.items()}
+    assert all(any(one.caption in text for text in captions[one.dataset]) for one in finished)
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert page.index("<h3>Data set more</h3>") < page.index("<h3>Data set shapes</h3>")
+    assert page.count('<img src="data:image/jpeg;base64,') == 4 * 3
 
 
 def test_a_lone_expert_is_helped_by_the_start_model(judge_in: Callable[..., Any], pair: Pair, tmp_path: Path) -> None:

@@ -101,6 +101,18 @@ def test_the_table_is_made_of_the_parts(report: Any) -> None:
         assert one.loss == pytest.approx(expected, rel=1e-12)
 
 
+def test_changes_are_of_the_same_draws_and_have_errors(report: Any) -> None:
+    start = report.rounds[0].choices[0]
+    assert (start.change, start.change_error) == (0.0, 0.0)
+    for one in report.rounds[0].choices[1:]:
+        assert one.change == pytest.approx(one.loss - start.loss, rel=1e-6, abs=1e-9)
+        assert one.error > 0
+        assert one.change_error > 0
+    for one in report.rounds[0].losses:
+        assert one.change == pytest.approx(one.loss - loss_of(report, "start model", one.low, one.high).loss, abs=1e-9)
+        assert len(one.bin_errors) == len(one.bins)
+
+
 def test_both_experts_are_looked_at_on_either_side_of_the_boundary(report: Any) -> None:
     for name in ("start model", "base", "refiner"):
         for low, high in ((300, 350), (350, 400)):

@@ -9,10 +9,9 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from safetensors import safe_open
 from safetensors.torch import load_file
-from torch import Tensor
 
-from demo.tiny_model import POOLED_WIDTH, TEXT_WIDTHS
 from shared.errors import ConfigError
+from tests.trainer.unet_answer import answer
 from trainer.adapter import load_adapter
 from trainer.bundle import BundleRequest, bundle
 from trainer.checkpoint import open_expert
@@ -20,16 +19,6 @@ from trainer.loop import train_expert
 from trainer.unet import load_unet
 
 LORA = ("adapter.rank=4", "adapter.alpha=6", "optimizer.learning_rate=1e-1", "steps=2")
-
-
-def answer(unet: Any) -> Tensor:
-    generator = torch.Generator().manual_seed(2)
-    added = {"text_embeds": torch.randn(1, POOLED_WIDTH, generator=generator), "time_ids": torch.ones(1, 6) * 64}
-    states = torch.randn(1, 77, sum(TEXT_WIDTHS), generator=generator)
-    x = torch.randn(1, 4, 8, 8, generator=generator)
-    with torch.inference_mode():
-        output: Tensor = unet(x, 500, states, added_cond_kwargs=added, return_dict=False)[0]
-    return output
 
 
 @pytest.fixture(scope="module")

@@ -146,8 +146,6 @@ def four(world: Any) -> Iterator[tuple[Any, list[Batch]]]:
             view_of(manifest, DataConfig()),
             captions="random",
             seed=0,
-            caption_dropout=0.5,
-            null_prompt="zeros",
             pin_memory=False,
             on_corrupt=print,
         )

@@ -10,7 +10,7 @@ from torch import nn
 from shared.config import load_config
 from tests.shared.test_manifest import SETTINGS
 from tests.test_configs import CONFIGS
-from tests.trainer.test_full_size import SSD_1B
+from tests.trainer.full_size_configs import SSD_1B
 from trainer.config import ExpertConfig
 from trainer.memory import (
     FusedAttention,

@@ -12,44 +12,13 @@ from safetensors.torch import load_file
 
 from shared.errors import ContractError
 from shared.original_layout import original_name, unet_modules, vae_modules
+from tests.trainer.full_size_configs import BASE, REFINER, SSD_1B, VAE
 from trainer.bundle import BundleRequest, bundle
 from trainer.bundle_stage import read_stages
 from trainer.checkpoint import open_expert
 from trainer.comfy import comfy_timesteps, step_range
-from trainer.original_file import load_file_pipeline, require_sayable
+from trainer.original_file import architecture, load_file_pipeline, require_sayable
 from trainer.schedulers import make_scheduler
-
-BOTH: dict[str, Any] = {"layers_per_block": 2, "addition_embed_type": "text_time", "addition_time_embed_dim": 256}
-BASE = BOTH | {
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "block_out_channels": (320, 640, 1280),
-    "transformer_layers_per_block": (1, 2, 10),
-    "attention_head_dim": (5, 10, 20),
-    "cross_attention_dim": 2048,
-    "projection_class_embeddings_input_dim": 2816,
-    "use_linear_projection": True,
-}
-SSD_1B = BASE | {
-    "mid_block_type": None,
-    "transformer_layers_per_block": ((1, 1), (2, 2), (4, 4)),
-    "reverse_transformer_layers_per_block": ((4, 4, 10), (2, 1, 1), (1, 1, 1)),
-}
-REFINER = BASE | {
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
-    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "block_out_channels": (384, 768, 1536, 1536),
-    "transformer_layers_per_block": 4,
-    "attention_head_dim": (6, 12, 24, 24),
-    "cross_attention_dim": 1280,
-    "projection_class_embeddings_input_dim": 2560,
-}
-VAE: dict[str, Any] = {
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "block_out_channels": (128, 256, 512, 512),
-    "layers_per_block": 2,
-}
 
 
 @pytest.mark.parametrize("config", [BASE, SSD_1B, REFINER], ids=["base", "ssd-1b", "refiner"])
@@ -143,6 +112,19 @@ def test_the_workflows_steps_are_the_contracts_and_each_has_one_sampler(
     for stage in stages:
         first, beyond = step_range(stage, steps)
         assert all(t in stage.facts.timesteps for t in timesteps[first:beyond])
+
+
+@pytest.mark.parametrize(
+    ("config", "layout", "known_as"),
+    [
+        (BASE, "sdxl", "stable-diffusion-xl-v1-base"),
+        (SSD_1B, "sdxl", "segmind-stable-diffusion-1b"),
+        (SSD_1B | {"mid_block_type": "UNetMidBlock2D"}, "sdxl", "segmind-stable-diffusion-1b"),
+        (REFINER, "sdxl-refiner", "stable-diffusion-xl-v1-refiner"),
+    ],
+)
+def test_a_file_says_what_it_is_made_of(config: dict[str, Any], layout: Any, known_as: str) -> None:
+    assert architecture(config, layout) == known_as
 
 
 @pytest.mark.parametrize("change", [{"beta_end": 0.02}, {"beta_schedule": "linear"}, {"prediction_type": "sample"}])

@@ -59,8 +59,6 @@ def test_it_is_fed_the_last_columns_and_five_ids(world: Any, refiner_model: Path
             view_of(manifest, DataConfig()),
             captions="first",
             seed=0,
-            caption_dropout=0,
-            null_prompt="encoded",
             pin_memory=False,
             on_corrupt=print,
         )

@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from shared.errors import CheckpointError, DataError
+from shared.stopping import stop_requests
 from trainer.checkpoint import newest_checkpoint, open_checkpoint
 from trainer.loop import train_expert
-from trainer.stopping import stop_requests
 
 SETS = (
     "steps=20",

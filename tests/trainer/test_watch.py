@@ -86,6 +86,23 @@ def test_a_checkpoint_that_is_removed_while_it_is_judged_is_held(
     assert [one.step for one in report.rounds[0].experts] == [2, 2]
 
 
+def test_what_a_killed_watch_held_is_let_go(request_of: EvaluateRequest, runs: Pair, pair: Pair, start: Any) -> None:
+    """Links keep the weights of checkpoints on the disk that rotation has removed: the next watch takes them away."""
+    for own, run in zip(pair, runs, strict=True):
+        shutil.copytree(own, run)
+    held = request_of.out / ".held"
+    command = start("evaluate-experts", arguments(request_of))
+    command.wait_for(held.exists)
+    command.signal(signal.SIGKILL)
+    assert command.wait() == -signal.SIGKILL
+    assert held.exists()
+    for run in runs:
+        shutil.rmtree(run)  # so that there is nothing to judge
+    command = start("evaluate-experts", arguments(request_of), "again.txt")
+    command.wait_for(lambda: any("not started" in line for line in command.errors()))
+    assert not held.exists()
+
+
 def test_what_was_removed_before_it_could_be_held_is_passed_over_for_the_next(
     request_of: EvaluateRequest, runs: Pair, pair: Pair, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT become a request that the loop answers between two steps; a second SIGINT interrupts at once.
+"""SIGTERM and SIGINT become a request that a loop answers between two steps; a second SIGINT interrupts at once.
 
 A request is never answered where it arrives: an exception raised inside a library's compiled code may come out of it
 as another one, or not at all.

@@ -1,0 +1,178 @@
+"""Do two experts beat one? Trained, measured and drawn with on the small world, arm by arm and seed by seed.
+
+`python -m benchmarks.experts_vs_one OUT [--steps 700] [--seeds 3] [--boundary 350 ...] [--kind full ...]`. Run again
+it goes on: pictures, store, runs, losses and drawings that are in OUT are not made twice. OUT/results.json has all that
+was measured; `python -m benchmarks.experts_table OUT/results.json` makes tables and intervals of it.
+
+    demo.shapes, cache-build -> train-expert, run after run -> losses -> generate-images, judged -> results.json
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from benchmarks.experts_arms import KINDS, Arm, Run, arms, variations
+from benchmarks.experts_judge import losses_of, steps_of, stretches, verdicts_of
+from demo.commands import run, start
+from demo.prompts import PICTURE_HW, SIZES_HW
+from shared.atomic import write_atomically
+
+CONFIGS, MODEL = Path("configs/demo"), Path("demo/model")
+CUTS = (200, 350, 500)  # boundaries that losses are cut at, whichever are trained
+DRAWING = ["--steps", "30", "--guidance", "2.5", "--height", str(PICTURE_HW[0]), "--width", str(PICTURE_HW[1])]
+QUIET = ("log.trackers=[]", "eval.samples=0", "checkpoint.every=1000000", "checkpoint.keep_best=0")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Train, measure and draw what is missing, and write OUT/results.json."""
+    options = _options(arguments)
+    out: Path = options.out
+    _make_world(out, options.pictures, options.prompts)
+    asked = list(_asked(options))
+    runs = list(dict.fromkeys(one for arm, _ in asked for one in arm.runs))
+    _train(out, runs, options)
+    of_start: dict[str, Any] = {}
+    for one in runs:
+        _measure(out, one, options)
+        of_start |= _read(_losses_file(out, one))["start"]
+    results = {
+        "settings": {key: value for key, value in vars(options).items() if key != "out"},
+        "start": {"losses": of_start, "pictures": _drawn_by_start(out)},
+        "runs": {one.name: asdict(one) | {"losses": _read(_losses_file(out, one))["own"]} for one in runs},
+        "arms": [
+            {
+                "name": arm.name,
+                "kind": kind,
+                "seed": seed,
+                "runs": [one.name for one in arm.runs],
+                "pictures": _drawn(out, arm),
+            }
+            for arm, (kind, seed) in asked
+        ],
+    }
+    write_atomically(out / "results.json", json.dumps(results, indent=1).encode() + b"\n")
+    print(f"{len(asked)} arms, {len(runs)} runs: {out / 'results.json'}")
+    return 0
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="benchmarks.experts_vs_one", description="Do two experts beat one?")
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder to work in; what it holds is gone on with")
+    parser.add_argument("--steps", type=int, default=700, help="optimizer steps of all experts of an arm together")
+    parser.add_argument("--seeds", type=int, default=3, help="trainings of each arm")
+    parser.add_argument("--boundary", type=int, nargs="+", default=[350], help="timesteps at which a pair hands over")
+    parser.add_argument("--kind", nargs="+", choices=KINDS, default=["full"], help="what is trained")
+    parser.add_argument("--variations", action="store_true", help="the pair with other data and captions too")
+    parser.add_argument("--pictures", type=int, default=4096, help="pictures of the data set")
+    parser.add_argument("--prompts", type=int, default=64, help="prompts of each set that every arm draws")
+    parser.add_argument("--batch", type=int, default=32, help="pictures of an optimizer step")
+    parser.add_argument("--draws", type=int, default=256, help="draws of the eval loss for each 100 timesteps")
+    parser.add_argument("--at-once", type=int, default=os.cpu_count() or 1, help="trainers that share the cores")
+    parser.add_argument("--rate", type=float, default=4e-4, help="Muon's learning rate, falling as a cosine")
+    return parser.parse_args(arguments)
+
+
+def _asked(options: argparse.Namespace) -> Iterable[tuple[Arm, tuple[str, int]]]:
+    for seed in range(options.seeds):
+        for kind in options.kind:
+            for arm in arms(options.steps, options.boundary, seed, kind):
+                yield arm, (kind, seed)
+        if options.variations:
+            for arm in variations(options.steps, options.boundary[0], seed):
+                yield arm, ("full", seed)
+
+
+def _make_world(out: Path, pictures: int, prompts: int) -> None:
+    if (out / "prompts.txt").exists():
+        return
+    sizes = [part for h, w in SIZES_HW for part in ("--size", f"{h}x{w}")]
+    shapes = [sys.executable, "-m", "demo.shapes", str(out / "pictures"), "--count", str(pictures), "--seed", "21"]
+    run([*shapes, "--metadata", *sizes])
+    model = ["--model", str(MODEL), "--config", str(CONFIGS / "cache.toml"), "--set", "split.eval_fraction=0.06"]
+    run(["cache-build", str(out / "pictures"), "--store", str(out / "store"), *model, "--device", "cpu"])
+    run([sys.executable, "-m", "demo.prompts", str(out / "prompts.txt"), "--count", str(prompts)])
+
+
+def _train(out: Path, runs: Sequence[Run], options: argparse.Namespace) -> None:
+    """Train what is not done yet, as many at once as asked, each on its share of the cores."""
+    share = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // options.at_once))}
+
+    def train(one: Run) -> int:
+        if steps_of(out / "runs" / one.name) >= one.steps:
+            return 0
+        rates = (
+            ()
+            if one.kind == "lora"
+            else (f"optimizer.muon_rate={options.rate}", f"optimizer.learning_rate={options.rate / 10}")
+        )
+        sets = (
+            f"name={one.name}",
+            f"timesteps={{low={one.low}, high={one.high}}}",
+            f"steps={one.steps}",
+            f"seed={one.seed}",
+            f"batch={options.batch}",
+            *rates,
+            *QUIET,
+            *KINDS[one.kind],
+            *one.sets,
+        )
+        places = ["--store", str(out / "store"), "--model", str(MODEL), "--output", str(out / "runs" / one.name)]
+        command = ["train-expert", "--config", str(CONFIGS / "expert.toml"), *places, "--device", "cpu"]
+        return start([*command, *(part for one_set in sets for part in ("--set", one_set))], share).wait()
+
+    with ThreadPoolExecutor(options.at_once) as pool:
+        if failed := [one.name for one, code in zip(runs, pool.map(train, runs), strict=True) if code]:
+            raise SystemExit(f"not trained: {', '.join(failed)}")
+
+
+def _measure(out: Path, one: Run, options: argparse.Namespace) -> None:
+    path = _losses_file(out, one)
+    if path.exists():
+        return
+    path.parent.mkdir(exist_ok=True)
+    own, of_start = losses_of(out / "runs" / one.name, MODEL, out / "store", stretches(CUTS), options.draws)
+    write_atomically(path, json.dumps({"own": own, "start": of_start}).encode())
+
+
+def _losses_file(out: Path, one: Run) -> Path:
+    return out / "losses" / f"{one.name}.json"
+
+
+def _drawn(out: Path, arm: Arm) -> list[dict[str, Any]]:
+    """Verdicts on the arm's pictures; drawn where they are not there yet."""
+    folder = out / "images" / "_".join(one.name for one in arm.runs)
+    experts = [part for one in arm.runs for part in ("--expert", str(out / "runs" / one.name))]
+    return _judged(
+        out, folder, ["generate-images", *experts, "--batch", "12", "--device", "cpu"], ["--model", str(MODEL)]
+    )
+
+
+def _drawn_by_start(out: Path) -> list[dict[str, Any]]:
+    return _judged(out, out / "images" / "start", [sys.executable, "-m", "demo.pipeline", str(MODEL)])
+
+
+def _judged(out: Path, folder: Path, command: list[str]) -> list[dict[str, Any]]:
+    path = folder.with_suffix(".json")
+    if not path.exists():
+        run([*command, "--prompts", str(out / "prompts.txt"), *DRAWING, "--out", str(folder)])
+        write_atomically(path, json.dumps(verdicts_of(folder)).encode())
+    found: list[dict[str, Any]] = _read(path)
+    return found
+
+
+def _read(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except subprocess.CalledProcessError as error:
+        sys.exit(error.returncode)

@@ -1,0 +1,138 @@
+"""The experts that train: each run folder as one answer, and all of them on the same axes.
+
+RUN/config.toml, expert.json, run.lock, events.jsonl -> WatchedRun -> /api/runs
+"""
+
+import json
+import threading
+import time
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from dashboard.folders import folder_id
+from dashboard.history import History
+from dashboard.sayings import QUIET, say_event
+from dashboard.tail import Event, Tail, number
+from shared.lease import listed_holder
+
+MOST_CARD_BYTES = 1 << 20
+Json = dict[str, Any]
+
+
+class WatchedRun:
+    """One run folder, read as it grows."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.id = folder, folder_id(folder)
+        self._tail, self.history = Tail(folder / "events.jsonl"), History()
+        self._reading = threading.Lock()
+        self._drawn: tuple[int, Json] = (-1, {})
+        self._read = 0
+
+    def read(self, until_s: float) -> bool:
+        """Take in events until time.monotonic() is `until_s`; returns whether all that are there were read."""
+        with self._reading:
+            if self._tail.was_replaced():
+                self.history = History()
+            while events := self._tail.read():
+                for event in events:
+                    self.history.add(event)
+                self._read += len(events)
+                if time.monotonic() > until_s:
+                    break
+            return self._tail.is_at_end()
+
+    def told(self) -> list[Json]:
+        """What happened in it that is worth telling, oldest first."""
+        with self._reading:
+            events = [event for event in self.history.told if event["event"] not in QUIET]
+        name = self._card().get("name") or self.folder.name
+        return [told(event, str(name)) for event in events]
+
+    def as_json(self) -> Json:
+        """Everything that the page says of it."""
+        card, config = self._card(), self._config()
+        with self._reading:
+            history = self.history
+            drawn = self._curves()
+            step, speed, latest = history.step(), history.steps_per_s(), history.latest
+            ended, has_begun = history.ended, bool(history.told) or history.points > 0
+            share = self._tail.share
+        steps = number(config.get("steps"))
+        state = _state(listed_holder(self.folder / "run.lock") is not None, ended, has_begun, step)
+        left = max(0.0, steps - step) / speed if steps and speed and state == "training" else None
+        values = {name: number(latest.get(name)) for name in ("loss", "learning_rate", "data_wait_share", "skipped")}
+        return {
+            "id": self.id,
+            "folder": self.folder.name,
+            "name": str(card.get("name") or config.get("name") or self.folder.name),
+            "low": _whole(card.get("low"), _range(config, "low")),
+            "high": _whole(card.get("high"), _range(config, "high")),
+            "manifest": _manifest(card),
+            "state": state,
+            "step": step,
+            "steps": None if steps is None else int(steps),
+            "steps_per_s": speed,
+            "left_s": left,
+            "read_share": share,
+            **values,
+            **drawn,
+        }
+
+    def _curves(self) -> Json:
+        if self._drawn[0] != self._read:
+            history = self.history
+            curves = {"curves": history.curves(), "evals": history.evals()}
+            self._drawn = (self._read, curves | {"bins": history.bins(), "eval_bins": history.eval_bins()})
+        return self._drawn[1]
+
+    def _card(self) -> Json:
+        """The facts in expert.json; {} where there are none yet."""
+        facts = read_table(self.folder / "expert.json", json.loads).get("facts", {})
+        return facts if isinstance(facts, dict) else {}
+
+    def _config(self) -> Json:
+        return read_table(self.folder / "config.toml", tomllib.loads)
+
+
+def read_table(path: Path, parse: Callable[[str], Any], most_bytes: int = MOST_CARD_BYTES) -> Json:
+    """What a small file holds; {} where it is absent, too large, damaged or no table: the page then says less."""
+    try:
+        if path.stat().st_size > most_bytes:
+            return {}
+        table = parse(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return table if isinstance(table, dict) else {}
+
+
+def told(event: Event, who: str) -> Json:
+    """One event as the page shows it."""
+    return {"time_s": number(event.get("time_s")) or 0.0, "who": who, "event": event["event"], "text": say_event(event)}
+
+
+def _state(is_held: bool, ended: str, has_begun: bool, step: int) -> str:
+    if is_held:
+        return "training" if step else "starting"
+    if ended:
+        return {"complete": "finished", "stopped": "stopped"}[ended]
+    return "interrupted" if has_begun else "not started"
+
+
+def _range(config: Json, end: str) -> Any:
+    timesteps = config.get("timesteps")
+    return timesteps.get(end) if isinstance(timesteps, dict) else None
+
+
+def _whole(*values: Any) -> int | None:
+    return next((int(value) for each in values if (value := number(each)) is not None), None)
+
+
+def _manifest(card: Json) -> Json | None:
+    uses = card.get("manifests")
+    use = uses[-1] if isinstance(uses, list) and uses else None
+    if not isinstance(use, dict):
+        return None
+    return {"name": str(use.get("name", "")), "digest": str(use.get("digest", ""))}

@@ -1,0 +1,408 @@
+"""cache-serve as its users and its page meet it: pictures arrive, builds are sealed, and no fault ends it for ever."""
+
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from cache_builder.verify import verify_store
+from shared.lease import holder
+from shared.manifest import open_manifest
+from shared.runlog import read_events
+from shared.store import StoreWriter
+from tests.pictures import write_shapes
+
+SERVER = Path(__file__).with_name("service_server.py")
+ROOT = Path(__file__).parents[2]
+PATIENCE_S = 150
+QUICK = ("service.quiet_s=0.2", "service.retry_s=0.2", "page.enabled=false")
+CONFIG = """
+store = "store"
+model = {model}
+device = "cpu"
+images = {{resolution = 64, step = 16}}
+encode = {{batch = 1, text_batch = 2}}
+[[datasets]]
+id = "shapes"
+root = "shapes"
+"""
+
+
+class Service:
+    """One service that has been started, and the folder that it keeps."""
+
+    def __init__(self, folder: Path, pid: int, err: Path) -> None:
+        self.folder, self.store, self.pid, self.err = folder, folder / "store", pid, err
+
+    def status(self) -> dict[str, Any]:
+        """What it last said of itself; {} where it has not yet."""
+        try:
+            found: dict[str, Any] = json.loads((self.store / "service/status.json").read_text())
+        except FileNotFoundError:
+            return {}
+        return found if found["pid"] == self.pid else {}
+
+    def events(self, kind: str | None = None) -> list[dict[str, Any]]:
+        return [one for one in read_events(self.store / "service/events.jsonl") if kind in (None, one["event"])]
+
+    def said(self) -> list[str]:
+        return [line for line in self.err.read_text().splitlines() if not line.startswith("loading ")]
+
+    def is_alive(self) -> bool:
+        return psutil.pid_exists(self.pid)
+
+    def wait_for(self, condition: Callable[[dict[str, Any]], object]) -> dict[str, Any]:
+        """Until its status is so."""
+        end_s = time.monotonic() + PATIENCE_S
+        while True:
+            status = self.status()
+            if status and condition(status):
+                return status
+            assert time.monotonic() < end_s, (status, self.said())
+            assert self.is_alive(), self.said()
+            time.sleep(0.02)
+
+    def end(self, number: int = signal.SIGTERM) -> int | None:
+        """Send a signal and wait; returns the exit code, None where it was killed."""
+        os.kill(self.pid, number)
+        return self.code()
+
+    def code(self) -> int | None:
+        end_s = time.monotonic() + PATIENCE_S
+        while self.is_alive():
+            assert time.monotonic() < end_s, self.said()
+            time.sleep(0.01)
+        code = Path(f"{self.err}.code")
+        return int(code.read_text()) if code.exists() else None
+
+
+class Services:
+    """Starts them, in forks of service_server.py."""
+
+    def __init__(self, folder: Path) -> None:
+        self._socket = str(folder / "socket")
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        self._server = subprocess.Popen([sys.executable, str(SERVER), self._socket], env=environment)
+        self._started: list[Service] = []
+        self.build_command = [sys.executable, "-S", "-E", str(SERVER), self._socket, "build"]
+
+    def start(self, folder: Path, *sets: str, **options: Any) -> Service:
+        """cache-serve --config FOLDER/serve.toml, told `sets`, with ServeOptions(`options`)."""
+        end_s = time.monotonic() + 4 * PATIENCE_S  # it imports what is heavy first
+        while not os.path.exists(self._socket):
+            assert self._server.poll() is None
+            assert time.monotonic() < end_s
+            time.sleep(0.02)
+        err = folder / f"{len(self._started)}.err"
+        job = {"config": str(folder / "serve.toml"), "sets": [*QUICK, *sets], "out": os.devnull, "err": str(err)}
+        job |= {"options": {"build_command": self.build_command} | options}
+        err.touch()
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.connect(self._socket)
+            connection.sendall(json.dumps(job).encode())
+            pid = int(connection.makefile().readline())
+        self._started.append(Service(folder, pid, err))
+        return self._started[-1]
+
+    def end_all(self) -> None:
+        """Kill what a test has left."""
+        for service in self._started:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(service.pid, signal.SIGKILL)
+        self._started.clear()
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as connection:
+            connection.connect(self._socket)  # and says nothing
+        self._server.wait(PATIENCE_S)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Services]:
+    services = Services(tmp_path_factory.mktemp("s"))
+    yield services
+    services.close()
+
+
+@pytest.fixture
+def services(server: Services) -> Iterator[Services]:
+    yield server
+    server.end_all()
+
+
+@pytest.fixture
+def world(tmp_path: Path, tiny_model: Path) -> Path:
+    """A folder with eight pictures and a configuration."""
+    write_shapes(tmp_path / "shapes", 8)
+    (tmp_path / "serve.toml").write_text(CONFIG.format(model=json.dumps(str(tiny_model))))
+    return tmp_path
+
+
+def test_pictures_that_arrive_are_in_a_sealed_manifest(
+    world: Path, services: Services, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    service = services.start(world)
+    first = service.wait_for(lambda status: status["builds"] == 1 and status["state"] == "waiting")
+    assert first["last_seal"]["rows"] == 8
+    assert first["kept"] == [first["last_seal"]["digest"]]
+    assert holder(service.store / "writer.lock") is None
+    more = write_shapes(tmp_path_factory.mktemp("more"), 2, seed=7)
+    for file in more.iterdir():
+        shutil.copy(file, world / "shapes" / f"new-{file.name}")
+    second = service.wait_for(lambda status: status["builds"] == 2)
+    assert second["last_seal"]["rows"] == len(open_manifest(service.store, "main")) == 10
+    (world / "shapes/broken.png").write_bytes((more / "shape-00000.png").read_bytes()[:200])
+    (world / "shapes/broken.txt").write_text("half a picture")
+    third = service.wait_for(lambda status: status["builds"] == 3)
+    assert third["last_seal"] == second["last_seal"]  # nothing new, and nothing is sealed
+    assert (third["quarantined"], third["quarantine"][0]["path"]) == (1, "broken.png")
+    assert third["last_error"] is None
+    assert service.end() == 0
+    assert json.loads((service.store / "service/status.json").read_text())["state"] == "stopped"
+    kinds = [event["event"] for event in service.events()]
+    build = ["build_start", "build_end"]
+    assert kinds == ["service_start", *build, "change_seen", *build, "change_seen", *build, "service_stop"]
+    assert [event["encoded"] for event in service.events("build_end")] == [8, 2, 0]
+
+
+def undisturbed_digest(world: Path, services: Services, place: Path) -> str:
+    """The manifest of a service that nobody disturbs."""
+    place.mkdir()
+    shutil.copy(world / "serve.toml", place)
+    shutil.copytree(world / "shapes", place / "shapes")
+    service = services.start(place)
+    service.wait_for(lambda status: status["builds"] == 1)
+    assert service.end() == 0
+    return open_manifest(place / "store", "main").digest
+
+
+@pytest.mark.parametrize("kills", [4, pytest.param(20, marks=pytest.mark.slow)])
+def test_a_service_that_is_killed_while_it_builds_loses_nothing(
+    world: Path, services: Services, tmp_path_factory: pytest.TempPathFactory, kills: int
+) -> None:
+    rng, met = random.Random(kills), 0
+    for kill in range(kills):
+        write_shapes(world / f"shapes/{kill}", 8, seed=kill + 1)  # there is always something to do
+        service = services.start(world)
+        service.wait_for(lambda status: status["state"] == "building" or status["builds"])
+        time.sleep(rng.uniform(0, 0.4))
+        met += service.status()["state"] == "building"
+        assert service.end(signal.SIGKILL) is None
+    expected = undisturbed_digest(world, services, tmp_path_factory.mktemp("undisturbed") / "world")
+    service = services.start(world)
+    service.wait_for(lambda status: status["builds"] == 1)
+    assert service.end() == 0
+    assert met >= kills // 2
+    assert open_manifest(world / "store", "main").digest == expected
+    assert verify_store(world / "store", deep=True).faults == []
+
+
+def test_a_service_that_is_stopped_in_a_build_ends_with_75_and_goes_on(world: Path, services: Services) -> None:
+    write_shapes(world / "shapes", 60)
+    service = services.start(world)
+    service.wait_for(lambda status: status["phase"] == "pictures" and status["done"] > 2)
+    assert service.end() == 75
+    assert service.said()[-1] == "stopped: the build was cut; what was stored stays, and the same command goes on"
+    assert holder(world / "store/writer.lock") is None
+    again = services.start(world)
+    again.wait_for(lambda status: status["builds"] == 1)
+    (cut,) = again.events("build_failed")
+    assert cut["exit_code"] == 75
+    (end,) = again.events("build_end")
+    assert end["reused"] > 0
+    assert again.end() == 0
+
+
+FAKE = """
+import json, os, signal, sys, time
+count = os.path.join({folder!r}, "count")
+number = int(open(count).read()) + 1 if os.path.exists(count) else 1
+sys.stdin.readline() or sys.exit()
+open(count, "w").write(str(number))
+faults = {faults!r}
+if number <= len(faults):
+    exec(faults[number - 1])
+report = dict(seen=1, stored=1, reused=0, quarantined=0, quarantined_files=[], digest="ab" * 32)
+print(json.dumps(dict(report=report, keep=dict(kept=[], dropped=[], remarks=[]))), flush=True)
+"""
+
+
+def fake_build(folder: Path, *faults: str) -> list[str]:
+    """A build that does nothing; its first ones meet `faults`."""
+    return [sys.executable, "-S", "-c", FAKE.format(folder=str(folder), faults=faults)]
+
+
+def test_a_build_that_hangs_or_dies_is_ended_and_tried_again(world: Path, services: Services) -> None:
+    hangs = "signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(1000)"
+    dies = "os.kill(os.getpid(), signal.SIGSEGV)"
+    fails = 'print(json.dumps(dict(failed="no space left", code=74, report={})), flush=True); sys.exit(74)'
+    command = fake_build(world, hangs, dies, fails)
+    service = services.start(world, "service.hung_s=0.5", "service.ready=false", build_command=command)
+    done = service.wait_for(lambda status: status["builds"] == 1)
+    assert done["last_error"] is None
+    hung, died, failed = service.events("build_failed")
+    assert hung["message"].startswith("the build has said nothing for 0.5 s (starting)")
+    assert died["message"] == "the build's process was ended by SIGSEGV; what was stored stays"
+    assert (failed["message"], failed["exit_code"]) == ("no space left", 74)
+    assert [one["retry_s"] for one in (hung, died, failed)] == [0.2, 0.4, 0.8]
+    assert service.end() == 0
+
+
+def test_what_only_a_person_can_mend_is_said_and_the_next_change_is_built(world: Path, services: Services) -> None:
+    """Most pictures are broken: nothing is sealed; when they are whole again everything is."""
+    whole = {path: path.read_bytes() for path in sorted((world / "shapes").glob("*.png"))[:4]}
+    for path, data in whole.items():
+        path.write_bytes(data[:100])
+    service = services.start(world)
+    failed = service.wait_for(lambda status: status["last_error"])
+    assert "more than max_quarantined = 0.1; nothing was sealed" in failed["last_error"]
+    assert failed["quarantined"] == len(failed["quarantine"]) == 4
+    assert (failed["last_seal"], failed["builds"]) == (None, 0)
+    for path, data in whole.items():
+        path.write_bytes(data)
+    done = service.wait_for(lambda status: status["builds"] == 1)
+    assert (done["last_error"], done["quarantined"], done["last_seal"]["rows"]) == (None, 0, 8)
+    shutil.move(world / "shapes", world / "unmounted")
+    gone = service.wait_for(lambda status: status["last_error"])
+    assert gone["last_error"] == f"data set shapes: folder {world}/shapes: No such file or directory"
+    (world / "shapes").mkdir()
+    for path in [*whole, *(path.with_suffix(".txt") for path in whole)]:
+        shutil.copy(world / "unmounted" / path.name, path)
+    fewer = service.wait_for(lambda status: "disk missing" in (status["last_error"] or ""))
+    assert fewer["last_seal"] == done["last_seal"]
+    shutil.rmtree(world / "shapes")
+    shutil.move(world / "unmounted", world / "shapes")
+    service.wait_for(lambda status: status["builds"] == 2 and status["last_error"] is None)
+    assert service.end() == 0
+
+
+def test_another_writer_is_waited_for(world: Path, services: Services) -> None:
+    with StoreWriter(world / "store"):
+        service = services.start(world)
+        status = service.wait_for(lambda status: status["phase"])
+        assert status["state"] == "waiting"
+        assert status["phase"].startswith(f"another writer: pid {os.getpid()} on ")
+        assert (status["builds"], status["last_error"]) == (0, None)
+    service.wait_for(lambda status: status["builds"] == 1)
+    rival = services.start(world)
+    assert rival.code() == 73
+    assert rival.said()[-1].endswith("one cache-serve keeps a store")
+    assert service.end() == 0
+
+
+def test_old_manifests_go_and_those_that_are_used_stay(world: Path, services: Services) -> None:
+    service = services.start(world, "service.keep=2", f"runs=['{world}/run']")
+    digests = []
+    for count in range(4):
+        status = service.wait_for(lambda status, count=count: status["builds"] == count + 1)
+        digests.append(status["last_seal"]["digest"])
+        if count == 0:
+            card = {"facts": {"manifests": [{"digest": digests[0]}]}}
+            (world / "run").mkdir()
+            (world / "run/expert.json").write_text(json.dumps(card))
+        (world / "shapes/shape-00000.txt").write_text(f"caption {count}")
+    assert service.end() in (0, 75)
+    kept = [digests[3], digests[2], digests[0]]
+    assert status["kept"] == kept
+    assert [event["digest"] for event in service.events("manifest_dropped")] == [digests[1]]
+    assert {path.stem for path in (world / "store/manifests/main").glob("*.arrow")} >= set(kept)
+    assert not (world / f"store/manifests/main/{digests[1]}.arrow").exists()
+
+
+PAGE = """
+import json, os, psutil, sys, time
+folder = sys.argv[sys.argv.index("--store") + 1] + "/service"
+card = dict(pid=os.getpid(), host="127.0.0.1", port=1, created_s=psutil.Process().create_time())
+open(folder + "/page.json.new", "w").write(json.dumps(card))
+os.rename(folder + "/page.json.new", folder + "/page.json")
+print("it is up", flush=True)
+time.sleep(1000)
+"""
+
+
+def page_pid(world: Path, other_than: int = 0) -> int:
+    """Pid of the page that is up; waits for another one than the one given."""
+    end_s = time.monotonic() + PATIENCE_S
+    while True:
+        with contextlib.suppress(OSError, ValueError):
+            pid = int(json.loads((world / "store/service/page.json").read_text())["pid"])
+            if pid != other_than and psutil.pid_exists(pid):
+                return pid
+        assert time.monotonic() < end_s
+        time.sleep(0.02)
+
+
+def wait_until_gone(pid: int) -> None:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        psutil.Process(pid).wait(PATIENCE_S)
+
+
+def test_page_and_service_outlive_each_other(world: Path, services: Services) -> None:
+    page = [sys.executable, "-c", PAGE, "dashboard", "--store", str(world / "store")]
+    more: dict[str, Any] = {"build_command": fake_build(world), "page_command": page}
+    service = services.start(world, "page.enabled=true", **more)
+    first = page_pid(world)
+    os.kill(first, signal.SIGKILL)
+    second = page_pid(world, first)
+    (end,) = service.events("page_end")
+    assert (end["pid"], end["said"]) == (first, "it is up")
+    service.end(signal.SIGKILL)
+    assert psutil.pid_exists(second)
+    again = services.start(world, "page.enabled=true", **more)
+    again.wait_for(lambda status: status["builds"] == 1)
+    assert page_pid(world) == second  # taken over
+    assert again.end(signal.SIGKILL) is None
+    other = services.start(world, "page.enabled=true", **(more | {"page_command": [*page, "--port", "2"]}))
+    third = page_pid(world, second)
+    wait_until_gone(second)  # it was told otherwise than this one
+    assert other.end() == 0
+    wait_until_gone(third)
+    kinds = [(one["event"], one["pid"]) for one in other.events() if one["event"].startswith("page")]
+    assert kinds == [
+        ("page_start", first),
+        ("page_end", first),
+        ("page_start", second),
+        ("page_start", second),
+        ("page_end", second),
+        ("page_start", third),
+        ("page_end", third),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("sets", "code", "pattern"),
+    [
+        (["service.quiet=1"], 64, "unknown config key 'service.quiet'; did you mean 'service.quiet_s'?"),
+        (["service.keep=0"], 64, 'keep = 0 would drop the current manifest: 1 or more, or "all"'),
+        (["service.pinned=['ab']"], 64, "pinned 'ab': write 8 digits or more of a digest"),
+        (["page.host=0.0.0.0"], 64, "host 0.0.0.0 is open to others: name a token_file, or listen on 127.0.0.1"),
+        (["page.enabled=true", "page.token_file=nowhere"], 64, "page.token_file nowhere: no such file"),
+        (["datasets=[]"], 64, "which pictures? Write [[datasets]] with an id and a root into the configuration"),
+        (["datasets=[{id='gone', root='gone'}]"], 65, "data set gone: folder gone: No such file or directory"),
+        (["model=nowhere"], 65, "no model folder nowhere"),
+        (["device=gpu"], 64, "--device gpu cannot be used"),
+        (["prompts=nowhere.txt"], 64, "nowhere.txt: No such file"),
+        (["encode.dtype=float16"], 64, "this VAE overflows"),  # only the first build tells
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_cannot_be_meant_is_one_line(
+    world: Path, services: Services, sets: list[str], code: int, pattern: str
+) -> None:
+    service = services.start(world, *sets)
+    assert service.code() == code
+    assert len(service.said()) == 1
+    assert service.said()[0].startswith("error: ")
+    assert pattern in service.said()[0]

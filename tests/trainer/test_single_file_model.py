@@ -1,0 +1,230 @@
+"""--model FILE.safetensors: a bundle's single file is a model again, the same one to stores, trainers and drawing."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from shared import single_file
+from shared.errors import ConfigError, DataError, StoreFull
+from shared.model_folder import model_name, read_licence, resolve_model
+from shared.text_encoders import read_text_facts
+from shared.vae import read_vae_facts
+from trainer.bundle import BundleRequest, bundle
+from trainer.drawing import GenerateRequest
+from trainer.ensemble import DrawSettings
+from trainer.generate import generate
+from trainer.original_file import load_file_pipeline
+from trainer.unet import unet_digest
+
+
+@pytest.fixture(scope="module")
+def bundled(pair: tuple[Path, Path], tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle of single files: stage_1.safetensors is the base expert with the model's VAE and text encoders."""
+    out = tmp_path_factory.mktemp("bundled") / "pair"
+    return bundle(BundleRequest(pair, tiny_model, out, "single-file", prove=False, device="cpu"))
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "sdxl-experts" / "models"
+
+
+def test_it_is_the_same_model_to_store_and_trainer(
+    bundled: Path,
+    pair: tuple[Path, Path],
+    tiny_model: Path,
+    world: Any,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    model = resolve_model(str(bundled / "stage_1.safetensors"))
+    assert "converted once into" in capfd.readouterr().err
+    assert model_name(model) == "stage_1"
+    assert read_vae_facts(model) == read_vae_facts(tiny_model)
+    assert read_text_facts(model) == read_text_facts(tiny_model)
+    assert unet_digest(model / "unet") == unet_digest(pair[0] / "checkpoints" / "step-00000002" / "ema")
+    before = world.copy(tmp_path / "store")
+    size = (before.store / "data.mdb").stat().st_size
+    assert replace(before, model=model).build() == world.build()  # nothing is encoded anew
+    assert (before.store / "data.mdb").stat().st_size == size
+    assert resolve_model(str(bundled / "stage_1.safetensors")) == model
+    assert capfd.readouterr().err.count("converted") == 0
+
+
+def test_diffusers_reads_the_same_tensors_from_the_file(bundled: Path) -> None:
+    model = resolve_model(str(bundled / "stage_1.safetensors"))
+
+    class _Stage:
+        number, folder = 1, "stage_1"
+
+    pipeline = load_file_pipeline(bundled, _Stage(), torch.float32)  # type: ignore[arg-type]
+    for part, name in single_file._WEIGHTS_FILE.items():
+        ours = {key.removeprefix("text_model."): t for key, t in load_file(model / part / name).items()}
+        theirs = {key.removeprefix("text_model."): t for key, t in getattr(pipeline, part).state_dict().items()}
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+        config = json.loads((model / part / "config.json").read_text())
+        assert config.items() >= json.loads((bundled / "stage_1" / part / "config.json").read_text()).items()
+
+
+def test_it_draws_the_same_pictures(bundled: Path, pair: tuple[Path, Path], tiny_model: Path, tmp_path: Path) -> None:
+    drawn = {}
+    for name, model in {"folder": tiny_model, "file": resolve_model(str(bundled / "stage_1.safetensors"))}.items():
+        settings = DrawSettings(steps=4, guidance=2.0)
+        request = GenerateRequest(pair, model, ["a red circle"], tmp_path / name, settings, device="cpu")
+        (path,) = generate(request)
+        drawn[name] = Image.open(path).tobytes()
+    assert drawn["file"] == drawn["folder"]
+
+
+def plain_copy(bundled: Path, to: Path, **metadata: str) -> Path:
+    """The file without its folder and its marks, as somebody else's programs would have written it."""
+    tensors = {
+        name: t for name, t in load_file(bundled / "stage_1.safetensors").items() if name not in ("v_pred", "ztsnr")
+    }
+    save_file(tensors, to, metadata=metadata)
+    return to
+
+
+def schedule(model: Path) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads((model / "scheduler" / "scheduler_config.json").read_text())
+    return config
+
+
+def test_what_it_predicts_is_read_off_its_marks_and_settings_say_otherwise(bundled: Path, tmp_path: Path) -> None:
+    settings = shutil.copytree(bundled / "stage_1", tmp_path / "settings")
+    shutil.rmtree(settings / "scheduler")
+
+    def read(file: Path) -> tuple[str, bool, str]:
+        said = schedule(resolve_model(str(file), config=str(settings)))
+        return said["prediction_type"], said["rescale_betas_zero_snr"], said["timestep_spacing"]
+
+    assert read(bundled / "stage_1.safetensors") == ("v_prediction", True, "trailing")
+    assert read(plain_copy(bundled, tmp_path / "eps.safetensors")) == ("epsilon", False, "leading")
+    v_file = plain_copy(bundled, tmp_path / "v.safetensors", **{"modelspec.prediction_type": "v"})
+    assert read(v_file) == ("v_prediction", False, "leading")
+    (settings / "scheduler").mkdir()
+    (settings / "scheduler" / "scheduler_config.json").write_text(
+        '{"prediction_type": "sample", "_class_name": "DDIMScheduler"}'
+    )
+    model = resolve_model(str(v_file), config=str(settings))
+    assert schedule(model)["prediction_type"] == "sample"
+    assert json.loads((model / "model_index.json").read_text())["scheduler"] == ["diffusers", "DDIMScheduler"]
+
+
+def test_its_licence_is_what_it_says_of_itself(bundled: Path, tmp_path: Path) -> None:
+    file = plain_copy(bundled, tmp_path / "mine.safetensors", **{"modelspec.license": "CreativeML Open RAIL++-M"})
+    assert read_licence(resolve_model(str(file), config=str(bundled / "stage_1"))) == "CreativeML Open RAIL++-M"
+
+
+def test_weights_are_written_once_whatever_the_settings(bundled: Path, tmp_path: Path, cache: Path) -> None:
+    file = plain_copy(bundled, tmp_path / "file.safetensors")
+    whole = resolve_model(str(file), config=str(bundled / "stage_1"))
+    other = shutil.copytree(bundled / "stage_1", tmp_path / "other")
+    (other / "tokenizer" / "special_tokens_map.json").write_text('{"pad_token": "!"}')
+    again = resolve_model(str(file), config=str(other))
+    assert again != whole
+    assert (again / "unet" / "diffusion_pytorch_model.safetensors").samefile(
+        whole / "unet" / "diffusion_pytorch_model.safetensors"
+    )
+    named = shutil.copyfile(file, tmp_path / "other-name.safetensors")
+    assert model_name(resolve_model(str(named), config=str(other))) == "other-name"
+    assert len(list(cache.glob("*/weights"))) == 1
+
+
+def test_a_refiner_or_a_unet_alone_is_enough_for_who_needs_no_more(bundled: Path, tmp_path: Path) -> None:
+    tensors = load_file(bundled / "stage_1.safetensors")
+    unet = {name: t for name, t in tensors.items() if name.startswith("model.diffusion_model.")}
+    save_file(unet, file := tmp_path / "unet.safetensors")
+    shutil.copytree(bundled / "stage_1" / "unet", tmp_path / "settings" / "unet")
+    model = resolve_model(str(file), ("unet",), str(tmp_path / "settings"))
+    assert sorted(path.name for path in model.iterdir()) == ["model_index.json", "scheduler", "unet"]
+    with pytest.raises(DataError, match=r"unet\.safetensors is a checkpoint without a vae, which this command needs"):
+        resolve_model(str(file), ("vae",), str(tmp_path / "settings"))
+
+
+def test_two_commands_at_once_convert_it_once_and_a_kill_leaves_nothing(
+    bundled: Path, tmp_path: Path, cache: Path
+) -> None:
+    file = bundled / "stage_1.safetensors"
+    code = f"from shared.model_folder import resolve_model; print(resolve_model({str(file)!r}))"
+    killed = (
+        "import os; from shared import single_file; write = single_file.write_lazily\n"
+        "def die(path, *rest): write(path, *rest); os._exit(9) if 'vae' in path.name else None\n"
+        f"single_file.write_lazily = die; {code}"
+    )
+    assert subprocess.run([sys.executable, "-c", killed], check=False).returncode == 9
+    (weights,) = cache.glob("*/weights")
+    assert sorted(path.name for path in weights.iterdir()) == [".vae.safetensors", "unet.safetensors"]
+    running = [subprocess.Popen([sys.executable, "-c", code], stdout=-1, stderr=-1, text=True) for _ in range(2)]
+    told = [process.communicate() for process in running]
+    assert {out for out, _ in told} == {f"{resolve_model(str(file))}\n"}
+    assert sum("converted once" in errors for _, errors in told) == 1
+    assert not list(weights.glob(".*"))
+
+
+def test_no_room_is_said_before_anything_is_written(
+    bundled: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 0))  # type: ignore[attr-defined]
+    with pytest.raises(StoreFull, match=r"stage_1\.safetensors in diffusers layout .*XDG_CACHE_HOME.* 0 B are free"):
+        resolve_model(str(bundled / "stage_1.safetensors"))
+    assert not list(cache.rglob("*.safetensors"))
+
+
+def test_without_tokenizers_the_way_out_is_named(bundled: Path, tmp_path: Path) -> None:
+    file = plain_copy(bundled, tmp_path / "alone.safetensors")
+    with pytest.raises(DataError, match=r"holds no tokenizers.*--model-config") as refused:
+        resolve_model(str(file))
+    assert "\n" not in str(refused.value)
+    settings = shutil.copytree(bundled / "stage_1", tmp_path / "settings")
+    shutil.rmtree(settings / "tokenizer_2")
+    with pytest.raises(DataError, match=r"settings has none: .*--model-config"):
+        resolve_model(str(file), config=str(settings))
+    assert resolve_model(str(file), ("unet",), str(settings)).is_dir()  # a trainer needs none
+
+
+def test_what_is_no_such_file_is_one_line(bundled: Path, tiny_model: Path, tmp_path: Path) -> None:
+    whole = (bundled / "stage_1.safetensors").read_bytes()
+    (tmp_path / "cut.safetensors").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "model.ckpt").write_bytes(b"\x80\x02cos\nsystem\n")
+    (tmp_path / "empty.safetensors").write_bytes(b"")
+    shutil.copyfile(tiny_model / "unet" / "diffusion_pytorch_model.safetensors", tmp_path / "plain.safetensors")
+    said = {
+        "cut.safetensors": "is not a whole safetensors file",
+        "empty.safetensors": "is not a whole safetensors file",
+        "model.ckpt": "is a pickle, .* convert it to .safetensors once",
+        "plain.safetensors": r"no tensor of it is called model\.diffusion_model",
+        "none.safetensors": "no model file",
+    }
+    for name, words in said.items():
+        with pytest.raises(DataError, match=words) as refused:
+            resolve_model(str(tmp_path / name))
+        assert "\n" not in str(refused.value)
+    with pytest.raises(ConfigError, match="--model-config is for a --model that is one"):
+        resolve_model(str(tiny_model), config=str(tiny_model))
+    with pytest.raises(DataError, match=r"--model-config .*: no folder with one of vae/"):
+        resolve_model(str(bundled / "stage_1.safetensors"), config=str(tmp_path))
+
+
+def test_a_cache_that_cannot_be_written_is_an_os_error_and_no_traceback(bundled: Path, tmp_path: Path) -> None:
+    (tmp_path / "a file").touch()
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "a file")}
+    given = {"--expert": bundled, "--model": bundled / "stage_1.safetensors", "--prompt": "x", "--out": tmp_path / "o"}
+    arguments = [str(part) for option in given.items() for part in option]
+    command = [sys.executable, "-c", "from trainer.cli import generate_images; generate_images()", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 74
+    assert done.stderr.startswith("error: ")
+    assert len(done.stderr.splitlines()) == 1
