@@ -81,7 +81,7 @@ def build(
             usable = filler.encode_pictures(samples, vae)
         report.quarantined.sort()
         check_quarantine(config, report, len(usable))
-        split = held_out(config.split, map(usable.path, range(len(usable))), usable.facts["thumbnail"])
+        split = held_out(config.split, (sample.path for sample in usable), usable.facts["thumbnail"])
         report.held_out = int(split.sum())
         settings = _settings(config, vae, text, dtype, datasets, index, meta, options.prompts)
         rows = SampleRows(usable, split, meta)

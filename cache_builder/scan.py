@@ -17,7 +17,8 @@ from cache_builder.key_arrays import Indices, as_keys
 from cache_builder.keys import KeyOf, crop_draw, latent_keys_of, subset_rank, text_keys_for
 from cache_builder.look import Looker, Seen, look_at
 from cache_builder.report import BuildReport
-from cache_builder.samples import MOST_PLANS, DataSet, Samples, packed
+from cache_builder.sample_rows import DataSet, packed
+from cache_builder.samples import MOST_PLANS, Samples
 from cache_builder.scan_cache import ScanCache, cache_path
 from cache_builder.skip import reason_to_skip
 from cache_builder.sources import Found, Remembering, Skipped, Source

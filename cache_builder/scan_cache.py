@@ -63,6 +63,10 @@ class ScanCache:
         """What was read from `path`, relative to the data set's root, when it was in this state; None where unknown."""
         return self._tables[kind].get(_STATE.pack(*state) + path.encode())
 
+    def has(self, kind: Kind, path: str, state: State) -> bool:
+        """Whether `get` would know something; it counts as no meeting with the file."""
+        return self._tables[kind].has(_STATE.pack(*state) + path.encode())
+
     def put(self, kind: Kind, path: str, before: State, after: State, value: bytes) -> None:
         """Remember `value`, which was read from a file between two looks at it, if it has not just been changed."""
         if before == after and time.time_ns() - max(before[1], before[2]) > SETTLED_NS:
@@ -110,6 +114,11 @@ class _Table:
             self._count_last()
             self._last, self._next = entry, entry.end
             return bytes(self._known[entry.value_at : entry.end])
+
+    def has(self, name: bytes) -> bool:
+        """Whether earlier scans wrote a value."""
+        with self._meeting:
+            return self._search(name) is not None
 
     def put(self, name: bytes, value: bytes) -> None:
         """Keep a value, in place of the one that was met last if it is of this name; from any thread."""

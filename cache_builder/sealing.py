@@ -50,18 +50,18 @@ class SampleRows:
         return order
 
     def _row(self, sample: Sample) -> ManifestRow:
+        crops, meta = sample.crops, sample.meta
         return ManifestRow(
             dataset=sample.dataset,
             sample_id=self._ids[sample.index].ljust(KEY_BYTES, b"\0"),
             path=sample.path,
             image_digest=sample.digest,
             original_hw=sample.original_hw,
-            bucket_hw=sample.crops[0].plan.target_hw,
+            bucket_hw=crops[0].plan.target_hw,
             variants=tuple(
-                Variant(crop.latent_key, crop.plan.flip, crop.plan.crop_top_left, crop.plan.target_hw)
-                for crop in sample.crops
+                Variant(crop.latent_key, crop.plan.flip, crop.plan.crop_top_left, crop.plan.target_hw) for crop in crops
             ),
             text_keys=sample.text_keys,
             split="eval" if self.held_out[sample.index] else "train",
-            meta=meta_row(sample, self.meta) if sample.meta else {},
+            meta=meta_row(sample, self.meta) if meta else {},
         )

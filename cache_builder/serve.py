@@ -70,7 +70,8 @@ def serve(config: ServeConfig, options: ServeOptions = ServeOptions()) -> None:
         stack.callback(builds.kill)
         page = PageProcess(options.page_command or page_command(config), folder, log)
         if config.page.enabled:
-            say(f"the page: http://{config.page.host}:{config.page.port}")
+            shown = "localhost" if config.page.host in ("0.0.0.0", "::") else config.page.host
+            say(f"the page: http://{shown}:{config.page.port}")
             page.look()
         stack.callback(page.close)
         status.write()
@@ -135,7 +136,9 @@ class _Builds:
         if outcome is not None and outcome.message is None:
             self._conclude(outcome)
             return
-        self._log.write("build_failed", message="the service was asked to stop", exit_code=Stopped.exit_code)
+        self._log.write(
+            "build_failed", message="the service was asked to stop", exit_code=Stopped.exit_code, retry_s=None
+        )
         raise Stopped("the build was cut; what was stored stays, and the same command goes on")
 
     def kill(self) -> None:
@@ -237,7 +240,7 @@ def _check(config: ServeConfig) -> Path:
     open_sources(config.datasets)
     if config.prompts is not None:
         read_prompts_file(config.prompts)
-    return resolve_model(config.model, NEEDED)
+    return resolve_model(config.model, NEEDED, config.model_settings)
 
 
 def _note_stop(status: ServiceStatus, log: RunLog) -> None:

@@ -76,7 +76,9 @@ class ServeConfig(BuildConfig):
     store: Path
     """The store; made where there is none."""
     model: str = Field(min_length=1)
-    """Model in SDXL's diffusers layout: a folder or a Hub id."""
+    """Model in SDXL's diffusers layout, a folder or a Hub id; or one .safetensors file."""
+    model_settings: str | None = None
+    """Folder or Hub id with the tokenizers that a model of one file lacks, as cache-build --model-config."""
     manifest: str = "main"
     """Name of the manifest that is sealed after each build that changed something."""
     device: str = "auto"
@@ -96,8 +98,9 @@ class ServeConfig(BuildConfig):
         found = {**super().located(table, folder)}
         for path in _PATHS:
             found = _placed(found, path, folder)
-        if isinstance(model := found.get("model"), str) and (folder / Path(model).expanduser()).is_dir():
-            found["model"] = str(folder / Path(model).expanduser())  # else a Hub id, or from the working directory
+        for name in ("model", "model_settings"):
+            if isinstance(model := found.get(name), str) and (folder / Path(model).expanduser()).exists():
+                found[name] = str(folder / Path(model).expanduser())  # else a Hub id, or from the working directory
         if isinstance(runs := found.get("runs"), list):
             found["runs"] = [str(folder / Path(run).expanduser()) if isinstance(run, str) else run for run in runs]
         return found

@@ -15,7 +15,8 @@ from cache_builder.config import BuildConfig
 from cache_builder.key_arrays import Indices, as_keys, each, first_of_each, is_in, stored
 from cache_builder.keys import text_facts_key
 from cache_builder.report import BuildReport
-from cache_builder.samples import PlannedCrop, Sample, Samples
+from cache_builder.sample_rows import PlannedCrop
+from cache_builder.samples import Sample, Samples
 from shared.conditioning import TEXT_LENGTH
 from shared.errors import RecordCorrupt, StoreFull
 from shared.store import Snapshot, Store

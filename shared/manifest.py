@@ -18,7 +18,7 @@ import os
 import re
 import time
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -41,6 +41,7 @@ from shared.manifest_rows import (
     read_row,
     schema_of,
 )
+from shared.parts import PINNED_SAMPLES, Heads, Mask, Part, eval_order, in_any, joined_parts, parse_part
 
 MANIFEST_FORMAT = 1
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -71,9 +72,10 @@ class Bucket:
 class Manifest:
     """A sealed manifest, memory-mapped."""
 
-    def __init__(self, name: str, path: Path, table: pa.RecordBatch) -> None:
+    def __init__(self, name: str, path: Path, table: pa.RecordBatch, parts: tuple[Part, ...] = ()) -> None:
         self.name = name
         self.path = path
+        self.parts = parts  # those whose records this store has; () for all
         card = json.loads(table.schema.metadata[_METADATA_KEY])
         self.digest: str = card["digest"]
         self.settings = ManifestSettings.model_validate(card["settings"])
@@ -100,6 +102,29 @@ class Manifest:
         counts: np.ndarray[Any, np.dtype[np.int64]] = np.diff(self._table.column("texts").offsets.to_numpy())
         return counts.astype(np.int64)
 
+    def variant_counts(self) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """How many crops each row has, int64 [rows]."""
+        counts: np.ndarray[Any, np.dtype[np.int64]] = np.diff(self._table.column("variants").offsets.to_numpy())
+        return counts.astype(np.int64)
+
+    def sample_heads(self) -> Heads:
+        """The first 32 bits of each row's sample id, uint32 [rows]: what parts are told by."""
+        ids = _keys(self._table.column("sample_id"))
+        return ids.view(">u4").reshape(-1, 4)[:, 0].astype(np.uint32)
+
+    def rows_in(self, parts: Sequence[Part]) -> Mask:
+        """Whether each row belongs to one of `parts`, bool [rows]; of none, all do.
+
+        The held-out samples that runs are scored on belong to every part.
+        """
+        if not parts:
+            return np.ones(len(self), np.bool_)
+        mask = in_any(parts, self.sample_heads())
+        held_out = [int(row) for bucket in self.buckets("eval") for row in bucket.rows]
+        first = eval_order(self.sample_ids(held_out))[:PINNED_SAMPLES]
+        mask[[held_out[i] for i in first]] = True
+        return mask
+
     def original_sizes(self) -> np.ndarray[Any, np.dtype[np.int64]]:
         """Size of each row's picture, int64 [rows, 2], (h, w) in pixels."""
         flat = self._table.column("original_size_hw").flatten().to_numpy()
@@ -120,9 +145,10 @@ class Manifest:
         values: list[Any] = self._table.column(META + name).to_pylist()
         return [tuple(value) if isinstance(value, list) else value for value in values]
 
-    def image_digests(self) -> list[bytes]:
-        """Digest of each row's picture."""
-        return list(self._table.column("image_digest").to_pylist())
+    def image_digests(self, indices: Sequence[int] | None = None) -> list[bytes]:
+        """Digest of each row's picture, or of those at `indices`, in that order."""
+        column = self._table.column("image_digest")
+        return list((column if indices is None else column.take(pa.array(indices, pa.int64()))).to_pylist())
 
     def all_sample_ids(self) -> np.ndarray[Any, np.dtype[np.bytes_]]:
         """Ids of all rows, in order, S16 (numpy cuts trailing zeros)."""
@@ -170,12 +196,15 @@ def seal_manifest(
     """
     ordered = rows if in_order and isinstance(rows, SizedRows) else sorted(rows, key=ManifestRow.order)
     digest = manifest_digest(settings, ordered)
-    folder = _folder(store, name)
+    folder = manifest_folder(store, name)
     check_data_sets(store, name, settings.datasets, replace=replace)
     _check_shrinking(_sound(store, name), len(ordered), allow_shrink)
     folder.mkdir(parents=True, exist_ok=True)
-    if _sound(store, name, digest) is None:
+    found = _sound(store, name, digest)
+    if found is None:
         _write(folder, digest, settings, ordered)
+    elif found.parts:  # the build has made what this store lacked of it
+        mark_parts(folder, digest, ())
     write_atomically(folder / "current.json", (folder / f"{digest}.json").read_bytes())
     return open_manifest(store, name)
 
@@ -185,31 +214,44 @@ def open_manifest(store: Path, name: str, digest: str | None = None) -> Manifest
 
     Raises ManifestMismatch where it is absent, damaged or of a newer format.
     """
-    folder = _folder(store, name)
+    folder = manifest_folder(store, name)
     seal = _read_seal(folder, digest)
-    path = folder / f"{seal['digest']}.arrow"
+    return map_manifest(name, folder / f"{seal['digest']}.arrow", seal)
+
+
+def map_manifest(name: str, path: Path, seal: Mapping[str, Any]) -> Manifest:
+    """The manifest in the file `path`, verified by its seal and mapped; raises ManifestMismatch."""
     try:
         hold = _hold(path)
         try:
             with pa.memory_map(str(path)) as mapped:
                 _check_bytes(path, mapped.read_buffer(), seal)
                 batch = pa.ipc.open_file(mapped).get_batch(0)
-            manifest = Manifest(name, path, batch)
+            parts = joined_parts(parse_part(part) for part in seal.get("parts", ()))
+            manifest = Manifest(name, path, batch, parts)
         except BaseException:
             os.close(hold)
             raise
         weakref.finalize(manifest, os.close, hold)
-    except (OSError, pa.ArrowException, ValidationError, KeyError, ValueError, TypeError) as error:
+    except (OSError, pa.ArrowException, ValidationError, KeyError, ValueError, TypeError, ConfigError) as error:
         raise _ManifestAbsent(f"manifest {path} is damaged: {str(error).splitlines()[0]}; build it again") from None
     if manifest.digest != seal["digest"]:
         raise _ManifestAbsent(f"manifest {path} is not the one its seal names")
     return manifest
 
 
+def mark_parts(folder: Path, digest: str, parts: Sequence[Part]) -> None:
+    """Say in the seal of a manifest which parts of it the store has, () for all; the caller is the store's writer."""
+    path = folder / f"{digest}.json"
+    seal = {key: value for key, value in json.loads(path.read_text()).items() if key != "parts"}
+    seal |= {"parts": [str(part) for part in parts]} if parts else {}
+    write_atomically(path, json.dumps(seal, indent=1).encode() + b"\n")
+
+
 def current_digest(store: Path, name: str) -> str | None:
     """Digest of NAME's current manifest; None where there is none that could be opened."""
     try:
-        return str(_read_seal(_folder(store, name), None)["digest"])
+        return str(_read_seal(manifest_folder(store, name), None)["digest"])
     except ManifestMismatch:
         return None
 
@@ -289,7 +331,8 @@ def _write(folder: Path, digest: str, settings: ManifestSettings, ordered: Sized
     write_atomically(folder / f"{digest}.json", json.dumps(seal, indent=1).encode() + b"\n")
 
 
-def _folder(store: Path, name: str) -> Path:
+def manifest_folder(store: Path, name: str) -> Path:
+    """Where the manifests of NAME lie; raises ConfigError where that cannot be a name."""
     if not _NAME.fullmatch(name):
         raise ConfigError(f"manifest name {name!r}: use letters, digits, '.', '_' and '-', up to 100")
     return store / "manifests" / name
@@ -346,6 +389,6 @@ def _absent(folder: Path, digest: str | None) -> str:
     )
 
 
-def _check_bytes(path: Path, data: pa.Buffer, seal: dict[str, Any]) -> None:
+def _check_bytes(path: Path, data: pa.Buffer, seal: Mapping[str, Any]) -> None:
     if len(data) != seal["bytes"] or xxhash.xxh3_128(data).hexdigest() != seal["xxh3_128"]:
         raise _ManifestAbsent(f"manifest {path} is damaged (checksum); build it again")

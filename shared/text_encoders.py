@@ -53,11 +53,16 @@ class TokenCount:
 
 
 def read_text_facts(model: Path) -> TextFacts:
-    """Facts of MODEL's encoders and tokenizers, without loading them; raises DataError where one is missing."""
+    """Facts of MODEL's encoders and tokenizers, without loading them.
+
+    Raises DataError where one is missing, or a tokenizer is another model's.
+    """
     digests = {name: weights_digest(_folder(model, name), _SETTINGS, "text_model.") for name in _TOWERS}
     digests |= {name: tokenizer_digest(_folder(model, name)) for name in _TOKENIZERS}
     first, second = (read_component_config(model / name) for name in _TOWERS)
     try:
+        for tokenizer, config in zip(_TOKENIZERS, (first, second), strict=True):
+            _require_embeddings(_folder(model, tokenizer), int(config["vocab_size"]))
         widths = (int(first["hidden_size"]), int(second["hidden_size"]))
         return TextFacts(digests, widths, int(second["projection_dim"]))
     except (KeyError, TypeError, ValueError) as error:
@@ -192,6 +197,13 @@ def _vocabulary(folder: Path) -> tuple[dict[str, int], list[list[str]]]:
     lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
     merges = [line.split() for line in lines if line and not line.startswith("#version")]
     return read_json_object(folder / "vocab.json"), merges
+
+
+def _require_embeddings(tokenizer: Path, embeddings: int) -> None:
+    """Every token needs an embedding; a tokenizer that knows more is of another model."""
+    highest = max(_vocabulary(tokenizer)[0].values(), default=0)
+    if highest >= embeddings:
+        raise DataError(f"{tokenizer} knows tokens up to {highest}, its text encoder {embeddings} of them: not its own")
 
 
 def _special_tokens(folder: Path) -> list[str]:

@@ -1,4 +1,7 @@
-"""`train-expert --wait`: a trainer may be started before the first build is done, as a set of containers starts it."""
+"""What is started before there is anything to read waits for it: a set of containers starts all at once.
+
+`train-expert --wait` waits for a manifest, `evaluate-experts --watch` for the store.
+"""
 
 import time
 from pathlib import Path
@@ -24,4 +27,16 @@ def wait_for_manifest(store: Path, name: str, pause_s: float = PAUSE_S) -> None:
         while name not in list_manifests(store):
             if stop.asked():
                 raise Stopped(f"no manifest {name!r} in {store} yet; the same command waits again")
+            time.sleep(pause_s)
+
+
+def wait_for_store(store: Path, pause_s: float = PAUSE_S) -> None:
+    """Return once there is a store; raises Stopped (exit 75) where the process is asked to stop."""
+    if (store / "store.json").exists():
+        return
+    say(f"waiting for a store at {store}")
+    with stop_requests() as stop:
+        while not (store / "store.json").exists():
+            if stop.asked():
+                raise Stopped(f"no store at {store} yet; the same command waits again")
             time.sleep(pause_s)

@@ -31,6 +31,7 @@ from trainer.report import JudgedExpert, Report, Round, read_report, write_repor
 from trainer.report_page import report_page
 from trainer.rotation import list_checkpoints
 from trainer.trackers import Curves
+from trainer.waiting import wait_for_store
 
 PAUSE_S = 2.0  # between two looks
 HELD = ".held"  # below OUT: links to the weights that are judged
@@ -48,6 +49,7 @@ def watch(request: EvaluateRequest, max_share: float, trackers: Sequence[str] = 
         if (run / "checksums.json").exists() or run.is_file():
             raise ConfigError(f"--watch follows run folders; {run} is one checkpoint")
     device = choose_device(request.device)
+    wait_for_store(request.store)
     shutil.rmtree(request.out / HELD, ignore_errors=True)  # of a watch that was killed
     report, curves = read_report(request.out), Curves(request.out, 0, tuple(trackers), "sdxl-experts", {})
     try:

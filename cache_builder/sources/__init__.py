@@ -37,6 +37,9 @@ class Found:
     look: Callable[[], State] | None = None
     """What changes when the file that its bytes come from does; None where only reading tells. Raises OSError."""
 
+    is_slow: bool = False
+    """Whether reading it waits for a server, so that many are asked for at once."""
+
 
 @dataclass(frozen=True)
 class Skipped:

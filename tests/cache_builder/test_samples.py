@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from cache_builder.buckets import CropPlan
 from cache_builder.keys import text_keys_for
 from cache_builder.report import BuildReport
-from cache_builder.samples import DataSet, Samples, packed
+from cache_builder.sample_rows import DataSet, packed
+from cache_builder.samples import Samples
 from cache_builder.sealing import SampleRows
 from cache_builder.sources import Found
 from cache_builder.todo import Pictures, account_for

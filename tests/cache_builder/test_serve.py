@@ -225,6 +225,20 @@ def test_a_service_that_is_stopped_in_a_build_ends_with_75_and_goes_on(world: Pa
     assert again.end() == 0
 
 
+def test_a_service_that_hangs_holds_up_no_build(world: Path, services: Services) -> None:
+    service = services.start(world)
+    service.wait_for(lambda status: status["state"] == "building")
+    os.kill(service.pid, signal.SIGSTOP)
+    end_s = time.monotonic() + PATIENCE_S
+    while holder(world / "store/writer.lock") or not (world / "store/manifests/main/current.json").exists():
+        assert time.monotonic() < end_s
+        time.sleep(0.02)
+    assert service.status()["builds"] == 0
+    os.kill(service.pid, signal.SIGCONT)
+    assert service.wait_for(lambda status: status["builds"] == 1)["last_seal"]["rows"] == 8
+    assert service.end() == 0
+
+
 FAKE = """
 import json, os, signal, sys, time
 count = os.path.join({folder!r}, "count")
@@ -406,3 +420,54 @@ def test_what_cannot_be_meant_is_one_line(
     assert len(service.said()) == 1
     assert service.said()[0].startswith("error: ")
     assert pattern in service.said()[0]
+
+
+TRAIN = (
+    "steps=60", "batch=2", "log.every=1", "log.trackers=[]", "checkpoint.every=1000", "eval.every=1000",
+    "schedule.prediction_type=v_prediction", "optimizer.learning_rate=1e-3",
+)  # fmt: skip
+RANGES = {"base": "{low=350, high=1000}", "refiner": "{low=0, high=350}"}
+TRAINER = "from trainer.cli import train_expert; train_expert()"
+
+
+def train_pair(world: Path, model: Path, runs: Path) -> list["subprocess.Popen[bytes]"]:
+    """Both experts, started."""
+    own = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    started = []
+    for name, timesteps in RANGES.items():
+        sets = [part for one in (f"name={name}", f"timesteps={timesteps}", *TRAIN) for part in ("--set", one)]
+        places = ["--store", str(world / "store"), "--model", str(model), "--output", str(runs / name)]
+        command = [sys.executable, "-c", TRAINER, *places, "--device", "cpu", *sets]
+        started.append(subprocess.Popen(command, env=os.environ | own, stderr=subprocess.DEVNULL))
+    return started
+
+
+def losses(runs: Path) -> dict[str, list[float]]:
+    events = {name: read_events(runs / name / "events.jsonl") for name in RANGES}
+    return {name: [one["loss"] for one in found if one["event"] == "step"] for name, found in events.items()}
+
+
+@pytest.mark.slow
+def test_neither_trainer_notices_that_the_service_is_killed(world: Path, services: Services, tiny_model: Path) -> None:
+    write_shapes(world / "shapes", 24)
+    first = services.start(world)
+    first.wait_for(lambda status: status["builds"] == 1)
+    assert first.end() == 0
+    assert [one.wait() for one in train_pair(world, tiny_model, world / "alone")] == [0, 0]
+    beside = train_pair(world, tiny_model, world / "beside")
+    while not all((world / "beside" / name / "expert.json").exists() for name in RANGES):
+        time.sleep(0.05)
+    met = 0
+    for kill in range(20):
+        write_shapes(world / f"shapes/{kill}", 2, seed=kill + 1)
+        service = services.start(world, "service.keep=1")
+        service.wait_for(lambda status: status["state"] == "building" or status["builds"])
+        time.sleep(0.3)
+        met += any(one.poll() is None for one in beside)
+        service.end(signal.SIGKILL)
+    assert [one.wait() for one in beside] == [0, 0]
+    assert met >= 5
+    alone = losses(world / "alone")
+    assert {name: len(found) for name, found in alone.items()} == dict.fromkeys(RANGES, 60)
+    assert losses(world / "beside") == alone
+    assert verify_store(world / "store", deep=True).faults == []

@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 
+from cache_builder.serve_config import ServeConfig
+from shared.config import load_config
 from tests.docker.compose import COMPOSE, DOCKER, STORE, read_compose
 
-SERVICES = ("pause", "cache", "train-base", "train-refiner", "tensorboard")
+SERVICES = ("pause", "cache", "train-base", "train-refiner", "evaluate", "tensorboard")
 BIN = Path(sys.executable).parent
 
 
@@ -88,6 +90,29 @@ def test_pictures_and_settings_cannot_be_written(services: dict[str, Any]) -> No
                 assert volume["read_only"] is True
 
 
+def test_the_page_asks_for_a_token_that_only_its_service_gets(services: dict[str, Any]) -> None:
+    config = load_config(ServeConfig, [DOCKER / "settings/cache.toml"], ["model=/models/tiny"])
+    assert (config.page.host, str(config.page.token_file)) == ("0.0.0.0", "/run/secrets/page_token")
+    assert {name for name, service in services.items() if "secrets" in service} == {"cache"}
+    assert services["cache"]["secrets"] == [{"source": "page_token", "target": "page_token"}]
+    assert services["cache"]["ports"] == [f"127.0.0.1:8765:{config.page.port}"]
+    assert "/healthz" in services["cache"]["healthcheck"]["test"][-1]
+    assert read_compose()["secrets"] == {"page_token": {"file": "./page.token"}}
+    ignored = (DOCKER.parent / ".gitignore").read_text().split()
+    assert "/docker/page.token" in ignored
+
+
+def test_the_settings_name_what_is_mounted(services: dict[str, Any]) -> None:
+    config = load_config(ServeConfig, [DOCKER / "settings/cache.toml"], ["model=/models/tiny"])
+    mounted = {volume["target"] for volume in services["cache"]["volumes"]}
+    assert {str(config.store), str(config.runs_under), *(str(one.root) for one in config.datasets)} < mounted
+    assert config.service.stop_s + 10 < int(services["cache"]["stop_grace_period"].removesuffix("s"))
+    for service in services.values():
+        for word in service["command"]:
+            if word.startswith("/settings/"):
+                assert (DOCKER / word.removeprefix("/")).is_file()
+
+
 def test_each_command_starts_again_where_it_was_stopped_and_nowhere_else(services: dict[str, Any]) -> None:
     assert {service["restart"] for service in services.values()} == {"on-failure"}
 
@@ -97,7 +122,7 @@ def test_without_a_gpu_none_is_reserved() -> None:
     reserving = {
         name for name, service in read_compose()["services"].items() if "reservations" in service["deploy"]["resources"]
     }
-    assert reserving == set(override) == {"cache", "train-base", "train-refiner"}
+    assert reserving == set(override) == {"cache", "train-base", "train-refiner", "evaluate"}
 
 
 def test_the_image_installs_what_the_commands_need(services: dict[str, Any]) -> None:

@@ -253,3 +253,12 @@ def test_a_damaged_tokenizer_is_a_data_error(tmp_path: Path, content: bytes) -> 
     (tmp_path / "tokenizer.json").write_bytes(content)
     with pytest.raises(DataError):
         tokenizer_digest(tmp_path)
+
+
+def test_a_tokenizer_of_another_model_is_named(tiny_model: Path, tmp_path: Path) -> None:
+    """Its ids would lie beyond the embeddings, and the first long caption would fail a build."""
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    vocabulary = json.loads((model / "tokenizer_2" / "vocab.json").read_text())
+    (model / "tokenizer_2" / "vocab.json").write_text(json.dumps(vocabulary | {"another": len(vocabulary)}))
+    with pytest.raises(DataError, match=rf"tokenizer_2 knows tokens up to {len(vocabulary)}, its text encoder"):
+        read_text_facts(model)

@@ -1,7 +1,7 @@
 """--model FILE.safetensors: a bundle's single file is a model again, the same one to stores, trainers and drawing."""
 
+import errno
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -11,20 +11,54 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+from demo.model_files import make_vocabulary, write_tokenizer
 from shared import single_file
 from shared.errors import ConfigError, DataError, StoreFull
 from shared.model_folder import model_name, read_licence, resolve_model
 from shared.text_encoders import read_text_facts
 from shared.vae import read_vae_facts
+from tests.shared.test_hub import write_original
 from trainer.bundle import BundleRequest, bundle
 from trainer.drawing import GenerateRequest
 from trainer.ensemble import DrawSettings
 from trainer.generate import generate
 from trainer.original_file import load_file_pipeline
 from trainer.unet import unet_digest
+
+UNET: dict[str, Any] = {
+    "sample_size": 128,
+    "layers_per_block": 2,
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "block_out_channels": (64, 128, 192),
+    "attention_head_dim": (1, 2, 3),
+    "transformer_layers_per_block": (1, 1, 2),
+    "cross_attention_dim": 64 + 128,
+    "projection_class_embeddings_input_dim": 128 + 6 * 256,
+}
+UNEVEN = {
+    "mid_block_type": None,
+    "transformer_layers_per_block": ((1, 1), (1, 1), (2, 1)),
+    "reverse_transformer_layers_per_block": ((1, 2, 3), (2, 1, 1), (1, 1, 1)),
+}
+VAE: dict[str, Any] = {
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "block_out_channels": (32, 32, 64, 64),
+    "layers_per_block": 2,
+    "latent_channels": 4,
+    "sample_size": 1024,
+    "scaling_factor": 0.13025,
+    "force_upcast": True,
+}
 
 
 @pytest.fixture(scope="module")
@@ -143,6 +177,37 @@ def test_weights_are_written_once_whatever_the_settings(bundled: Path, tmp_path:
     assert len(list(cache.glob("*/weights"))) == 1
 
 
+@pytest.mark.parametrize("layers", [{}, UNEVEN], ids=["base", "uneven"])
+def test_at_sdxls_proportions_no_settings_need_to_be_given(tmp_path: Path, layers: dict[str, Any]) -> None:
+    """Heads of 64 channels, norms of 32 groups: facts and digests are those of the folder, read off the file alone."""
+    torch.manual_seed(0)
+    folder, ids = tmp_path / "folder", {"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1}
+    UNet2DConditionModel(**(UNET | layers)).save_pretrained(folder / "unet")
+    AutoencoderKL(**VAE).save_pretrained(folder / "vae")
+    towers = {
+        "text_encoder": (CLIPTextModel, 64, "quick_gelu"),
+        "text_encoder_2": (CLIPTextModelWithProjection, 128, "gelu"),
+    }
+    for part, (kind, width, act) in towers.items():
+        sizes = {"hidden_size": width, "intermediate_size": 2 * width, "projection_dim": width, "hidden_act": act}
+        config = CLIPTextConfig(
+            **ids, **sizes, vocab_size=len(make_vocabulary()[0]), num_hidden_layers=2, num_attention_heads=width // 64
+        )
+        kind(config).save_pretrained(folder / part)
+    for part, pad in (("tokenizer", "<|endoftext|>"), ("tokenizer_2", "!")):
+        write_tokenizer(folder / part, pad_token=pad)
+        shutil.copytree(folder / part, tmp_path / "tokenizers" / part)
+    file = write_original(folder, tmp_path / "file.safetensors")
+    model = resolve_model(str(file), config=str(tmp_path / "tokenizers"))
+    assert read_vae_facts(model) == read_vae_facts(folder)
+    assert read_text_facts(model) == read_text_facts(folder)
+    assert unet_digest(model / "unet") == unet_digest(folder / "unet")
+    pipeline = StableDiffusionXLPipeline.from_pretrained(model, use_safetensors=True)
+    pipeline.set_progress_bar_config(disable=True)
+    drawn = pipeline("a circle", height=64, width=64, num_inference_steps=1, output_type="latent").images
+    assert drawn.shape == (1, 4, 8, 8)
+
+
 def test_a_refiner_or_a_unet_alone_is_enough_for_who_needs_no_more(bundled: Path, tmp_path: Path) -> None:
     tensors = load_file(bundled / "stage_1.safetensors")
     unet = {name: t for name, t in tensors.items() if name.startswith("model.diffusion_model.")}
@@ -218,13 +283,27 @@ def test_what_is_no_such_file_is_one_line(bundled: Path, tiny_model: Path, tmp_p
         resolve_model(str(bundled / "stage_1.safetensors"), config=str(tmp_path))
 
 
-def test_a_cache_that_cannot_be_written_is_an_os_error_and_no_traceback(bundled: Path, tmp_path: Path) -> None:
+def test_a_disk_that_fills_up_is_given_back(bundled: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An OSError, of which every command makes one line and exit code 74; what is whole stays."""
+    write = single_file.write_lazily
+
+    def full(path: Path, *given: Any) -> str:
+        written = write(path, *given)
+        if "vae" in path.name:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return written
+
+    monkeypatch.setattr(single_file, "write_lazily", full)
+    with pytest.raises(OSError, match="No space left"):
+        resolve_model(str(bundled / "stage_1.safetensors"))
+    (weights,) = cache.glob("*/weights")
+    assert [path.name for path in weights.iterdir()] == ["unet.safetensors"]
+
+
+def test_a_cache_that_cannot_be_written_is_an_os_error(
+    bundled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "a file").touch()
-    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "a file")}
-    given = {"--expert": bundled, "--model": bundled / "stage_1.safetensors", "--prompt": "x", "--out": tmp_path / "o"}
-    arguments = [str(part) for option in given.items() for part in option]
-    command = [sys.executable, "-c", "from trainer.cli import generate_images; generate_images()", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 74
-    assert done.stderr.startswith("error: ")
-    assert len(done.stderr.splitlines()) == 1
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "a file"))
+    with pytest.raises(NotADirectoryError):
+        resolve_model(str(bundled / "stage_1.safetensors"))

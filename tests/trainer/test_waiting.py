@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from shared.errors import ConfigError
-from trainer.waiting import wait_for_manifest
+from trainer.waiting import wait_for_manifest, wait_for_store
 
 
 def test_it_waits_for_the_first_build_and_then_trains(
@@ -43,6 +43,14 @@ def test_what_is_there_is_not_waited_for_and_what_is_damaged_is_told_by_whoever_
     wait_for_manifest(own.store, "main", pause_s=100)
     with pytest.raises(ConfigError, match="manifest name"):
         wait_for_manifest(own.store, "../main", pause_s=100)
+
+
+def test_a_watch_waits_for_its_store(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "store").mkdir()
+    threading.Timer(0.2, (tmp_path / "store/store.json").touch).start()
+    wait_for_store(tmp_path / "store", pause_s=0.02)
+    wait_for_store(tmp_path / "store", pause_s=100)
+    assert capfd.readouterr().err.splitlines() == [f"waiting for a store at {tmp_path}/store"]
 
 
 def test_another_name_is_waited_for_and_said(world: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
