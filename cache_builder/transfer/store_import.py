@@ -197,10 +197,7 @@ class _Shared:
 
 def _check_room(writer: StoreWriter, listing: Listing, wanted: Keys | None) -> None:
     """As much as the records that are missing take if each is as large as the mean."""
-    if wanted is None:
-        missing = max(0, listing.records - writer.count())
-    else:
-        missing = int((~stored(writer, wanted)).sum())
+    missing = max(0, listing.records - writer.count()) if wanted is None else int((~stored(writer, wanted)).sum())
     mean_bytes = sum(shard.bytes for shard in listing.shards) / max(1, listing.records)
     require_room(writer.path, int(missing * mean_bytes), "what is imported")
 
@@ -209,7 +206,7 @@ def _require_all(writer: StoreWriter, manifest: Manifest, part: Part | None, add
     """Nothing is sealed that could not be trained on."""
     rows = None if part is None else manifest.rows_in([part])
     for named in (latent_keys(manifest, rows), text_keys(manifest, rows)):
-        if _count_present(writer, named) != len(named):
+        if not stored(writer, named).all():
             raise DataError(
                 f"{address} does not hold every record that manifest {manifest.name!r} needs: run the same cache-store "
                 "export again"
