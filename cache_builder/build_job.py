@@ -9,6 +9,7 @@ The libraries are loaded before the line comes. The build ends with whoever hold
 import importlib
 import json
 import os
+import select
 import signal
 import sys
 import threading
@@ -45,8 +46,10 @@ class _Voice:
         self._pipe.flush()
 
     def advance(self, task: str, done: int, total: int | None) -> None:
+        """Tell of progress; not where a service that is stopped has left the pipe full: a build waits for nobody."""
         now_s = time.monotonic()
-        if now_s - self._told_s >= TOLD_EVERY_S or done in (0, total):
+        is_time = now_s - self._told_s >= TOLD_EVERY_S or done in (0, total)
+        if is_time and select.select([], [self._pipe], [], 0)[1]:
             self._told_s = now_s
             self.say(task=task, done=done, total=total)
 

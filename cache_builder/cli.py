@@ -10,8 +10,8 @@ import typer
 from shared.command import run_command, yield_idle_threads
 
 Folder = Annotated[
-    Path | None,
-    typer.Argument(help="Folder of pictures with captions (cat.png, cat.txt), a table, or .tar shards."),
+    str | None,
+    typer.Argument(help="Folder of pictures with captions (cat.png, cat.txt), a table, or .tar shards; or s3://..."),
 ]
 StorePath = Annotated[Path, typer.Option("--store", help="Store to add to; made where there is none.")]
 Model = Annotated[
@@ -66,6 +66,7 @@ def _cache_build(
     from cache_builder.build import BuildOptions, build
     from cache_builder.config import BuildConfig
     from cache_builder.datasets import choose_datasets, open_sources
+    from cache_builder.sources.trees import is_bucket
     from shared.config import load_config
     from shared.errors import ConfigError
     from shared.model_folder import resolve_model
@@ -76,7 +77,8 @@ def _cache_build(
     short = [] if resolution is None else [f"images.resolution={resolution}"]
     settings = load_config(BuildConfig, config or [], [*short, *(sets or [])])
     texts = tuple(dict.fromkeys(read_prompts_file(prompts))) if prompts else ()
-    settings = choose_datasets(settings, folder, dataset)
+    root = Path(folder) if folder is not None and not is_bucket(folder) else folder
+    settings = choose_datasets(settings, root, dataset)
     sources = open_sources(settings.datasets)
     needed = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
     model_folder = resolve_model(model, needed, model_config)
@@ -127,6 +129,9 @@ def _cache_serve(
 def cache_serve() -> None:
     """Console script `cache-serve`."""
     yield_idle_threads()
+    signal.signal(
+        signal.SIGTERM, signal.default_int_handler
+    )  # until the service answers it, as while it fetches a model
     run_command(_cache_serve)
 
 
@@ -135,7 +140,7 @@ def cache_store() -> None:
     from cache_builder.store_cli import COMMANDS
 
     yield_idle_threads()
-    run_command(COMMANDS, about="Look after a store: verify, stats, diff, gc, show, copy.")
+    run_command(COMMANDS, about="Look after a store: verify, stats, diff, gc, show, copy, export, import.")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,9 @@ from cache_builder.buckets import Crop, Measure
 from cache_builder.captions import CaptionRules
 from cache_builder.skip import SkipRules
 from cache_builder.sources.rules import TABLE_SUFFIXES, SourceKind, SourceRules
+from cache_builder.sources.trees import is_bucket, name_of
 from shared.config import Config, merge
+from shared.errors import ConfigError
 
 Byte = Annotated[int, Field(ge=0, le=255)]
 Edge = Annotated[int, Field(ge=8, le=8192, multiple_of=8)]
@@ -106,18 +108,25 @@ class DatasetConfig(Config):
 
     id: str = Field(min_length=1)
     """Its name in the manifest, and part of each sample's identity."""
-    root: Path
-    """Folder, table, or tar shards; relative to the folder of the file that names it."""
+    root: Annotated[str, Field(pattern=r"^s3://")] | Path
+    """Folder, table, or tar shards; relative to the folder of the file that names it, or s3://BUCKET/PREFIX."""
     source: SourceRules = SourceRules()
     images: ImageRules = ImageRules()
     captions: CaptionRules = CaptionRules()
+
+    @property
+    def folder(self) -> Path:
+        """The root on a disk; raises ConfigError where it is in a bucket, which nobody can watch."""
+        if isinstance(self.root, str):
+            raise ConfigError(f"data set {self.id}: {self.root} cannot be watched; cache-build reads it when it is run")
+        return self.root
 
     @property
     def kind(self) -> SourceKind:
         """What the root is: as it is set, or by its name."""
         if self.source.kind:
             return self.source.kind
-        suffix = self.root.suffix.lower()
+        suffix = os.path.splitext(name_of(self.root))[1].lower()
         return "webdataset" if suffix == ".tar" else "table" if suffix in TABLE_SUFFIXES else "folder"
 
 
@@ -179,6 +188,6 @@ class BuildConfig(Config):
 
 
 def _with_root(dataset: Any, folder: Path) -> Any:
-    if not isinstance(dataset, Mapping) or not isinstance(dataset.get("root"), str):
+    if not isinstance(dataset, Mapping) or not isinstance(dataset.get("root"), str) or is_bucket(dataset["root"]):
         return dataset
     return {**dataset, "root": str(folder / Path(dataset["root"]).expanduser())}

@@ -5,17 +5,17 @@ config.py: DatasetConfig -> open_source -> Source -> scan.py
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 
 from cache_builder.config import BuildConfig, DatasetConfig
 from cache_builder.sources import Source
 from cache_builder.sources.folder import FolderSource
 from cache_builder.sources.table import TableSource
+from cache_builder.sources.trees import Root, name_of
 from cache_builder.sources.webdataset import WebDatasetSource
 from shared.errors import ConfigError
 
 
-def choose_datasets(config: BuildConfig, folder: Path | None, dataset_id: str | None) -> BuildConfig:
+def choose_datasets(config: BuildConfig, folder: Root | None, dataset_id: str | None) -> BuildConfig:
     """`config` with its data sets, or with `folder` as the only one; raises ConfigError where it is both or neither."""
     if folder is None:
         if not config.datasets:
@@ -58,6 +58,8 @@ def open_source(dataset: DatasetConfig) -> Source:
     return FolderSource(dataset.root, dataset.id, caption_rules, max_bytes, rules)
 
 
-def _printable_name(folder: Path) -> str:
+def _printable_name(folder: Root) -> str:
     """A folder's name as a data set's id, which is text."""
+    if isinstance(folder, str):
+        return name_of(folder)
     return os.fsencode(folder.resolve().name).decode("utf-8", "backslashreplace") or "root"

@@ -39,7 +39,7 @@ class Kept:
 
 
 def drop_old_manifests(store: Path, name: str, rules: KeepRules) -> Kept:
-    """Drop the manifests of `name` that nothing keeps, as the store's writer; waits for another one's lease."""
+    """Drop the manifests of `name` that nothing keeps, as the store's writer; none while another one writes."""
     result = Kept()
     try:
         own = _newest_first([sealed for sealed in sealed_manifests(store) if sealed.name == name])
@@ -52,16 +52,23 @@ def drop_old_manifests(store: Path, name: str, rules: KeepRules) -> Kept:
     going = [sealed for sealed in own if sealed not in newest and not _stays(sealed.digest, named, rules.pinned)]
     if not going:
         return result
-    with StoreWriter(store, wait=True):
-        for sealed in going:
-            try:
-                drop_manifest(sealed)
-            except StoreLocked as error:
-                result.remarks.append(f"kept for now: {error}")
-                continue
-            result.kept.remove(sealed.digest)
-            result.dropped.append(sealed.digest)
+    try:
+        with StoreWriter(store):
+            for sealed in going:
+                _drop(sealed, result)
+    except StoreLocked as error:
+        result.remarks.append(f"no old manifest was dropped for now: {error}")
     return result
+
+
+def _drop(sealed: Sealed, result: Kept) -> None:
+    try:
+        drop_manifest(sealed)
+    except StoreLocked as error:
+        result.remarks.append(f"kept for now: {error}")
+    else:
+        result.kept.remove(sealed.digest)
+        result.dropped.append(sealed.digest)
 
 
 def _stays(digest: str, named: set[str], pinned: Sequence[str]) -> bool:

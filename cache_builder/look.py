@@ -25,6 +25,7 @@ from shared.store import Snapshot, Store
 
 FILES_AT_ONCE = 256  # looked up in one read transaction
 WORTH_A_THREAD_BYTES = 64 << 10
+SLOW_AT_ONCE = 32  # asked of a server together
 
 _DIGEST_BYTES = 32
 _FACTS = struct.Struct(f"<16sII{THUMBNAIL_BYTES}s")  # what may stand behind a picture's digest in the scan cache
@@ -94,12 +95,15 @@ def look_at(
 ) -> Iterator[tuple[tuple[Found, T], Callable[[], Seen]]]:
     """Each item, in order, with a call that gives what is seen of it or raises DataError."""
     rest = iter(items)
-    with ThreadPoolExecutor(threads) as pool:  # which starts none before there is work
+    # Pools start no thread before there is work.
+    with ThreadPoolExecutor(threads) as pool, ThreadPoolExecutor(SLOW_AT_ONCE) as waiting:
         while batch := list(itertools.islice(rest, FILES_AT_ONCE)):
             looks: list[Callable[[], Seen]] = []
             for (item, _), (state, seen) in zip(batch, looker.remembered([item for item, _ in batch]), strict=True):
                 if seen is not None:
                     looks.append(partial(_same, seen))
+                elif item.is_slow:
+                    looks.append(waiting.submit(looker.read, item, state).result)
                 elif state is not None and state[0] < WORTH_A_THREAD_BYTES:
                     looks.append(partial(looker.read, item, state))
                 else:

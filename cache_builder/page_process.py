@@ -94,9 +94,6 @@ def page_command(config: ServeConfig) -> list[str]:
         command += ["--run", str(run)]
     if config.runs_under is not None:
         command += ["--runs-under", str(config.runs_under)]
-    for dataset in config.datasets:
-        if dataset.kind == "folder":
-            command += ["--source", str(dataset.root)]
     command += ["--host", page.host, "--port", str(page.port)]
     if page.token_file is not None:
         command += ["--token-file", str(page.token_file)]

@@ -136,7 +136,9 @@ class _Builds:
         if outcome is not None and outcome.message is None:
             self._conclude(outcome)
             return
-        self._log.write("build_failed", message="the service was asked to stop", exit_code=Stopped.exit_code)
+        self._log.write(
+            "build_failed", message="the service was asked to stop", exit_code=Stopped.exit_code, retry_s=None
+        )
         raise Stopped("the build was cut; what was stored stays, and the same command goes on")
 
     def kill(self) -> None:

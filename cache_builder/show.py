@@ -72,7 +72,8 @@ def show_store(store: Path, out: Path, options: ShowOptions) -> Shown:
         manifest = open_manifest(store, options.manifest)
         shown = Shown(str(out), manifest.name, manifest.digest)
         decoder, shown.decoded_by = _decoder(store, manifest, options)
-        rows = manifest.rows(_spread(len(manifest), options.count))
+        here = np.flatnonzero(manifest.rows_in(manifest.parts))
+        rows = manifest.rows(here[_spread(len(here), options.count)])
         cards = [_card(reader, row, manifest, decoder, options, shown) for row in rows]
     shown.samples = len(cards)
     beside = "; at the right their sources" if options.sources else ""

@@ -1,10 +1,11 @@
-"""`cache-store`: what is in a store, is it sound, what differs, what may go, how does it look, a copy of it.
+"""`cache-store`: what is in a store, is it sound, what differs, what may go, how does it look; a copy, out and in.
 
 Each subcommand loads what it needs and calls one function; the result is a report for people or, with --json, for
 programs (cache_builder/store_text.py). Nothing heavy is imported for --help.
 """
 
 import json
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -28,6 +29,18 @@ Drop = Annotated[
 ]
 EvenCurrent = Annotated[bool, typer.Option("--even-current", help="Let --drop take the current manifest of a name.")]
 Target = Annotated[Path, typer.Option("--to", metavar="NEW", help="Folder that becomes the copy; must not exist.")]
+Url = Annotated[str, typer.Option("--to", metavar="URL", help="A folder, or s3://BUCKET/PREFIX.")]
+Source = Annotated[str, typer.Argument(metavar="URL", help="Where an export is: a folder, or s3://BUCKET/PREFIX.")]
+Into = Annotated[Path, typer.Option("--store", help="Store to import into; made where there is none.")]
+OnlyName = Annotated[
+    str | None, typer.Option("--manifest", help="Only this manifest, the current one, and what it needs; else all.")
+]
+PartOf = Annotated[
+    str | None,
+    typer.Option("--partition", metavar="I/N", help="Only the records of part I (from 0) of N of the samples."),
+]
+Replace = Annotated[bool, typer.Option("--replace", help="Let a manifest's name go over to other data sets.")]
+Wait = Annotated[bool, typer.Option("--wait", help="Wait for a build of this store instead of failing.")]
 Pictures = Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of captioned pictures, as it was built from.")]
 DatasetId = Annotated[str | None, typer.Option("--dataset", help="Which data set of the manifest FOLDER is.")]
 Model = Annotated[str | None, typer.Option("--model", help="Decode with this model's VAE; else by the stored preview.")]
@@ -121,6 +134,36 @@ def copy(store: StorePath, to: Target, as_json: Json = False) -> None:
     _print(report.as_json(), copy_text(report), as_json)
 
 
+def export(store: StorePath, to: Url, manifest: OnlyName = None, as_json: Json = False) -> None:
+    """Write a store as Parquet shards, to be imported elsewhere; the same command goes on where it was stopped."""
+    from cache_builder.store_text import export_text
+    from cache_builder.transfer.store_export import export_store
+
+    _stop_as_by_ctrl_c()
+    report = export_store(store, to, manifest=manifest)
+    _print(report.as_json(), export_text(report), as_json)
+
+
+def import_(
+    source: Source,
+    store: Into,
+    partition: PartOf = None,
+    manifest: OnlyName = None,
+    replace: Replace = False,
+    wait: Wait = False,
+    as_json: Json = False,
+) -> None:
+    """Bring an export into a store, all of it or a part; the same command goes on where it was stopped."""
+    from cache_builder.store_text import import_text
+    from cache_builder.transfer.store_import import import_store
+    from shared.parts import parse_part
+
+    _stop_as_by_ctrl_c()
+    part = parse_part(partition) if partition else None
+    report = import_store(source, store, part=part, manifest=manifest, replace=replace, wait=wait)
+    _print(report.as_json(), import_text(report), as_json)
+
+
 COMMANDS: dict[str, Callable[..., Any]] = {
     "verify": verify,
     "stats": stats,
@@ -128,7 +171,14 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "gc": gc,
     "show": show,
     "copy": copy,
+    "export": export,
+    "import": import_,
 }
+
+
+def _stop_as_by_ctrl_c() -> None:
+    """A supervisor's stop is Ctrl-C: one line, and 75."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def _print(report: dict[str, Any], text: str, as_json: bool) -> None:

@@ -7,6 +7,8 @@ from cache_builder.gc import GcReport
 from cache_builder.show import Shown
 from cache_builder.stats import ManifestStats, StoreStats
 from cache_builder.store_copy import CopyReport
+from cache_builder.transfer.store_export import ExportReport
+from cache_builder.transfer.store_import import ImportReport
 from cache_builder.verify import Verdict
 from shared.amounts import size_text
 from shared.command import one_line
@@ -137,6 +139,25 @@ def copy_text(report: CopyReport) -> str:
     return (
         f"{one_line(report.copy)}: {report.records} records and {report.manifests} manifests, every record read and "
         f"verified; {size_text(report.bytes_before)} became {size_text(report.bytes_after)} in {report.seconds:.1f} s"
+    )
+
+
+def export_text(report: ExportReport) -> str:
+    """What `export` wrote."""
+    kept = f", {report.shards_kept} of them there already" if report.shards_kept else ""
+    return (
+        f"{one_line(report.to)}: {report.records} records and {report.manifests} manifests in {report.shards} shards"
+        f"{kept}, {size_text(report.bytes)}, in {report.seconds:.1f} s"
+    )
+
+
+def import_text(report: ImportReport) -> str:
+    """What `import` stored."""
+    part = f"part {report.part}, " if report.part else ""
+    return (
+        f"{one_line(report.store)}: {part}{report.records} records and {report.manifests} manifests; "
+        f"{report.new} records, {size_text(report.bytes)}, were new and verified, from {report.shards_read} of "
+        f"{report.shards} shards, in {report.seconds:.1f} s"
     )
 
 

@@ -16,7 +16,8 @@ import numpy as np
 import xxhash
 
 from cache_builder.in_child import in_child
-from cache_builder.named import Keys, as_keys, each, is_in, latent_keys, text_keys, union
+from cache_builder.key_arrays import Keys, as_keys, each, is_in
+from cache_builder.named import needed_keys, union
 from shared.atomic import write_atomically
 from shared.errors import ManifestMismatch, RecordCorrupt, RecordNewer
 from shared.manifest import Manifest
@@ -87,7 +88,7 @@ def _examine(source: Store, deep: bool) -> Verdict:
     manifests = _open_manifests(source.path, verdict)
     verdict.manifests = len(manifests)
     present = _walk(source, deep, verdict)
-    named = union(keys for manifest in manifests for keys in (latent_keys(manifest), text_keys(manifest)))
+    named = union(needed_keys(manifest) for manifest in manifests)
     for key in each(named[~is_in(named, present)]):
         verdict.faults.append(Fault("record", key.hex(), "is named by a manifest and not in the store"))
     _name_samples(verdict.faults, manifests)

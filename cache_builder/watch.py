@@ -173,9 +173,9 @@ class FolderWatch:
 
 def _place(dataset: DatasetConfig) -> Path:
     """The folder to watch: the root, or the one that a table or shards lie in."""
-    if dataset.kind == "folder" or dataset.root.is_dir():
-        return dataset.root
-    place = dataset.root.parent
+    if dataset.kind == "folder" or dataset.folder.is_dir():
+        return dataset.folder
+    place = dataset.folder.parent
     while "{" in str(place):  # a pattern of shards
         place = place.parent
     return place
@@ -183,7 +183,7 @@ def _place(dataset: DatasetConfig) -> Path:
 
 def _is_deep(dataset: DatasetConfig) -> bool:
     """Whether what lies in sub-folders counts: a table's pictures may, and a pattern's shards."""
-    return dataset.kind != "webdataset" or dataset.root.is_dir() or "{" in str(dataset.root.parent)
+    return dataset.kind != "webdataset" or dataset.folder.is_dir() or "{" in str(dataset.folder.parent)
 
 
 def _identity(place: Path) -> tuple[int, int] | None:

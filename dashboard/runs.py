@@ -18,6 +18,7 @@ from dashboard.tail import Event, Tail, number
 from shared.lease import listed_holder
 
 MOST_CARD_BYTES = 1 << 20
+POINTS_A_SECOND = 10_000  # curves of a long run are worked out less often: of 100,000 points every ten seconds
 Json = dict[str, Any]
 
 
@@ -28,7 +29,7 @@ class WatchedRun:
         self.folder, self.id = folder, folder_id(folder)
         self._tail, self.history = Tail(folder / "events.jsonl"), History()
         self._reading = threading.Lock()
-        self._drawn: tuple[int, Json] = (-1, {})
+        self._drawn: tuple[int, float, Json] = (-1, -1e9, {})  # events that were read, when, what they come to
         self._read = 0
 
     def read(self, until_s: float) -> bool:
@@ -82,11 +83,13 @@ class WatchedRun:
         }
 
     def _curves(self) -> Json:
-        if self._drawn[0] != self._read:
-            history = self.history
-            curves = {"curves": history.curves(), "evals": history.evals()}
-            self._drawn = (self._read, curves | {"bins": history.bins(), "eval_bins": history.eval_bins()})
-        return self._drawn[1]
+        history, now_s = self.history, time.monotonic()
+        is_due = now_s - self._drawn[1] >= history.points / POINTS_A_SECOND
+        if self._drawn[0] != self._read and (is_due or not self._tail.is_at_end()):
+            curves: Json = {"curves": history.curves(), "evals": history.evals()}
+            curves |= {"bins": history.bins(), "eval_bins": history.eval_bins()}
+            self._drawn = (self._read, now_s, curves)
+        return self._drawn[2]
 
     def _card(self) -> Json:
         """The facts in expert.json; {} where there are none yet."""

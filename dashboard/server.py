@@ -1,4 +1,4 @@
-"""The process of the page: one socket, one thread that serves, least priority; the door to uvicorn."""
+"""The process of the page: one socket, one thread that serves, low priority; the door to uvicorn."""
 
 import asyncio
 import errno
@@ -14,7 +14,7 @@ from dashboard.watched import Watched
 from shared.errors import ConfigError
 from shared.progress import say
 
-NICENESS = 10  # builders and trainers go first
+NICENESS = 5  # builders and trainers go first; a page among many of them still answers
 MOST_CONNECTIONS = 256
 GRACE_S = 2
 

@@ -22,7 +22,8 @@ def refuse_network(path: Path) -> None:
     if kind and os.environ.get(FORCE) != "1":
         raise ConfigError(
             f"{path} lies on {kind}, a network file system, where LMDB's map and locks are not safe: name a store on a "
-            f"local disk. {FORCE}=1 opens it all the same; then let one machine alone use it"
+            f"local disk; cache-store export and import carry one from machine to machine. {FORCE}=1 opens it all the "
+            "same; then let one machine alone use it"
         )
 
 

@@ -7,22 +7,21 @@
 Whoever has one open holds a shared flock on its .arrow file: nobody drops it meanwhile (shared/manifest_shelf.py).
 
 Rows are sorted by (dataset, bucket, sample id). The digest covers the schema version, the settings and the rows in that
-order: keys name inputs, so no digest depends on the bytes of a record. The doors to Arrow's files are this one and
-shared/manifest_rows.py.
+order: keys name inputs, so no digest depends on the bytes of a record. The doors to Arrow's files are this one,
+shared/manifest_rows.py and shared/manifest_columns.py.
 """
 
 import fcntl
 import hashlib
-import itertools
 import json
 import os
 import re
 import time
 import weakref
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import msgpack
 import numpy as np
@@ -32,22 +31,30 @@ from pydantic import ValidationError
 
 from shared.atomic import sync_file, sync_folder, write_atomically
 from shared.errors import ConfigError, ManifestMismatch
+from shared.manifest_columns import make_columns
 from shared.manifest_rows import (
     META,
     ManifestRow,
     ManifestSettings,
     MetaValue,
     Split,
-    column_value,
     read_row,
     schema_of,
 )
+from shared.parts import PINNED_SAMPLES, Heads, Mask, Part, eval_order, in_any, joined_parts, parse_part
 
 MANIFEST_FORMAT = 1
-ROWS_AT_ONCE = 4096
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _METADATA_KEY = b"sdxl-experts"
+
+
+@runtime_checkable
+class SizedRows(Protocol):
+    """Rows that are counted, and can be gone through as often as one likes."""
+
+    def __len__(self) -> int: ...
+    def __iter__(self) -> Iterator[ManifestRow]: ...
 
 
 class _ManifestAbsent(ManifestMismatch):
@@ -65,9 +72,10 @@ class Bucket:
 class Manifest:
     """A sealed manifest, memory-mapped."""
 
-    def __init__(self, name: str, path: Path, table: pa.RecordBatch) -> None:
+    def __init__(self, name: str, path: Path, table: pa.RecordBatch, parts: tuple[Part, ...] = ()) -> None:
         self.name = name
         self.path = path
+        self.parts = parts  # those whose records this store has; () for all
         card = json.loads(table.schema.metadata[_METADATA_KEY])
         self.digest: str = card["digest"]
         self.settings = ManifestSettings.model_validate(card["settings"])
@@ -94,6 +102,29 @@ class Manifest:
         counts: np.ndarray[Any, np.dtype[np.int64]] = np.diff(self._table.column("texts").offsets.to_numpy())
         return counts.astype(np.int64)
 
+    def variant_counts(self) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """How many crops each row has, int64 [rows]."""
+        counts: np.ndarray[Any, np.dtype[np.int64]] = np.diff(self._table.column("variants").offsets.to_numpy())
+        return counts.astype(np.int64)
+
+    def sample_heads(self) -> Heads:
+        """The first 32 bits of each row's sample id, uint32 [rows]: what parts are told by."""
+        ids = _keys(self._table.column("sample_id"))
+        return ids.view(">u4").reshape(-1, 4)[:, 0].astype(np.uint32)
+
+    def rows_in(self, parts: Sequence[Part]) -> Mask:
+        """Whether each row belongs to one of `parts`, bool [rows]; of none, all do.
+
+        The held-out samples that runs are scored on belong to every part.
+        """
+        if not parts:
+            return np.ones(len(self), np.bool_)
+        mask = in_any(parts, self.sample_heads())
+        held_out = [int(row) for bucket in self.buckets("eval") for row in bucket.rows]
+        first = eval_order(self.sample_ids(held_out))[:PINNED_SAMPLES]
+        mask[[held_out[i] for i in first]] = True
+        return mask
+
     def original_sizes(self) -> np.ndarray[Any, np.dtype[np.int64]]:
         """Size of each row's picture, int64 [rows, 2], (h, w) in pixels."""
         flat = self._table.column("original_size_hw").flatten().to_numpy()
@@ -114,9 +145,10 @@ class Manifest:
         values: list[Any] = self._table.column(META + name).to_pylist()
         return [tuple(value) if isinstance(value, list) else value for value in values]
 
-    def image_digests(self) -> list[bytes]:
-        """Digest of each row's picture."""
-        return list(self._table.column("image_digest").to_pylist())
+    def image_digests(self, indices: Sequence[int] | None = None) -> list[bytes]:
+        """Digest of each row's picture, or of those at `indices`, in that order."""
+        column = self._table.column("image_digest")
+        return list((column if indices is None else column.take(pa.array(indices, pa.int64()))).to_pylist())
 
     def all_sample_ids(self) -> np.ndarray[Any, np.dtype[np.bytes_]]:
         """Ids of all rows, in order, S16 (numpy cuts trailing zeros)."""
@@ -162,14 +194,17 @@ def seal_manifest(
     there but damaged is made anew. Raises ManifestMismatch where NAME holds other data sets and `replace` is
     not given, or where more than a tenth of its rows would be lost and `allow_shrink` is not given.
     """
-    ordered = rows if in_order and isinstance(rows, Collection) else sorted(rows, key=ManifestRow.order)
+    ordered = rows if in_order and isinstance(rows, SizedRows) else sorted(rows, key=ManifestRow.order)
     digest = manifest_digest(settings, ordered)
-    folder = _folder(store, name)
+    folder = manifest_folder(store, name)
     check_data_sets(store, name, settings.datasets, replace=replace)
     _check_shrinking(_sound(store, name), len(ordered), allow_shrink)
     folder.mkdir(parents=True, exist_ok=True)
-    if _sound(store, name, digest) is None:
+    found = _sound(store, name, digest)
+    if found is None:
         _write(folder, digest, settings, ordered)
+    elif found.parts:  # the build has made what this store lacked of it
+        mark_parts(folder, digest, ())
     write_atomically(folder / "current.json", (folder / f"{digest}.json").read_bytes())
     return open_manifest(store, name)
 
@@ -179,31 +214,44 @@ def open_manifest(store: Path, name: str, digest: str | None = None) -> Manifest
 
     Raises ManifestMismatch where it is absent, damaged or of a newer format.
     """
-    folder = _folder(store, name)
+    folder = manifest_folder(store, name)
     seal = _read_seal(folder, digest)
-    path = folder / f"{seal['digest']}.arrow"
+    return map_manifest(name, folder / f"{seal['digest']}.arrow", seal)
+
+
+def map_manifest(name: str, path: Path, seal: Mapping[str, Any]) -> Manifest:
+    """The manifest in the file `path`, verified by its seal and mapped; raises ManifestMismatch."""
     try:
         hold = _hold(path)
         try:
             with pa.memory_map(str(path)) as mapped:
                 _check_bytes(path, mapped.read_buffer(), seal)
                 batch = pa.ipc.open_file(mapped).get_batch(0)
-            manifest = Manifest(name, path, batch)
+            parts = joined_parts(parse_part(part) for part in seal.get("parts", ()))
+            manifest = Manifest(name, path, batch, parts)
         except BaseException:
             os.close(hold)
             raise
         weakref.finalize(manifest, os.close, hold)
-    except (OSError, pa.ArrowException, ValidationError, KeyError, ValueError, TypeError) as error:
+    except (OSError, pa.ArrowException, ValidationError, KeyError, ValueError, TypeError, ConfigError) as error:
         raise _ManifestAbsent(f"manifest {path} is damaged: {str(error).splitlines()[0]}; build it again") from None
     if manifest.digest != seal["digest"]:
         raise _ManifestAbsent(f"manifest {path} is not the one its seal names")
     return manifest
 
 
+def mark_parts(folder: Path, digest: str, parts: Sequence[Part]) -> None:
+    """Say in the seal of a manifest which parts of it the store has, () for all; the caller is the store's writer."""
+    path = folder / f"{digest}.json"
+    seal = {key: value for key, value in json.loads(path.read_text()).items() if key != "parts"}
+    seal |= {"parts": [str(part) for part in parts]} if parts else {}
+    write_atomically(path, json.dumps(seal, indent=1).encode() + b"\n")
+
+
 def current_digest(store: Path, name: str) -> str | None:
     """Digest of NAME's current manifest; None where there is none that could be opened."""
     try:
-        return str(_read_seal(_folder(store, name), None)["digest"])
+        return str(_read_seal(manifest_folder(store, name), None)["digest"])
     except ManifestMismatch:
         return None
 
@@ -260,15 +308,16 @@ def _check_shrinking(old: Manifest | None, count: int, allow_shrink: bool) -> No
         )
 
 
-def _write(folder: Path, digest: str, settings: ManifestSettings, ordered: Collection[ManifestRow]) -> None:
+def _write(folder: Path, digest: str, settings: ManifestSettings, ordered: SizedRows) -> None:
     card = {"format": MANIFEST_FORMAT, "digest": digest, "settings": settings.as_json()}
     schema = schema_of(settings).with_metadata({_METADATA_KEY: json.dumps(card, sort_keys=True).encode()})
-    columns = _columns(schema, ordered)
+    columns = make_columns(schema, ordered, folder)
     temporary, final = folder / f".{digest}.{os.getpid()}.tmp", folder / f"{digest}.arrow"
     with pa.OSFile(str(temporary), "wb") as file, pa.ipc.new_file(file, schema) as writer:
         writer.write_batch(pa.record_batch(columns, schema=schema))
     sync_file(temporary)
-    checksum = xxhash.xxh3_128(temporary.read_bytes()).hexdigest()
+    with pa.memory_map(str(temporary)) as mapped:
+        checksum = xxhash.xxh3_128(mapped.read_buffer()).hexdigest()
     seal = {
         "format": MANIFEST_FORMAT,
         "digest": digest,
@@ -282,17 +331,8 @@ def _write(folder: Path, digest: str, settings: ManifestSettings, ordered: Colle
     write_atomically(folder / f"{digest}.json", json.dumps(seal, indent=1).encode() + b"\n")
 
 
-def _columns(schema: pa.Schema, ordered: Iterable[ManifestRow]) -> list[pa.Array]:
-    """The columns of `ordered`; of a few thousand rows at once, for as values of Python they are much larger."""
-    parts: list[list[pa.Array]] = [[pa.array([], field.type)] for field in schema]
-    rest = iter(ordered)
-    while some := list(itertools.islice(rest, ROWS_AT_ONCE)):
-        for field, part in zip(schema, parts, strict=True):
-            part.append(pa.array([column_value(row, field.name) for row in some], field.type))
-    return [pa.chunked_array(part).unify_dictionaries().combine_chunks() for part in parts]
-
-
-def _folder(store: Path, name: str) -> Path:
+def manifest_folder(store: Path, name: str) -> Path:
+    """Where the manifests of NAME lie; raises ConfigError where that cannot be a name."""
     if not _NAME.fullmatch(name):
         raise ConfigError(f"manifest name {name!r}: use letters, digits, '.', '_' and '-', up to 100")
     return store / "manifests" / name
@@ -349,6 +389,6 @@ def _absent(folder: Path, digest: str | None) -> str:
     )
 
 
-def _check_bytes(path: Path, data: pa.Buffer, seal: dict[str, Any]) -> None:
+def _check_bytes(path: Path, data: pa.Buffer, seal: Mapping[str, Any]) -> None:
     if len(data) != seal["bytes"] or xxhash.xxh3_128(data).hexdigest() != seal["xxh3_128"]:
         raise _ManifestAbsent(f"manifest {path} is damaged (checksum); build it again")

@@ -1,4 +1,5 @@
-"""All sealed manifests of a store, old ones too, and how one is dropped: by nobody while somebody has it open.
+"""All sealed manifests of a store, old ones too; how one comes from another store, and how one is dropped: by nobody
+while somebody has it open.
 
 A manifest is here with `<digest>.json`, or as NAME's current one. Garbage collection keeps whatever any of them names.
 """
@@ -7,12 +8,15 @@ import fcntl
 import json
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from shared.atomic import sync_folder
+from shared.atomic import sync_folder, write_atomically
 from shared.errors import ConfigError, ManifestMismatch, StoreLocked
-from shared.manifest import Manifest, open_manifest
+from shared.manifest import Manifest, manifest_folder, map_manifest, open_manifest
+from shared.parts import Part, joined_parts, parse_part
 
 _SEAL = re.compile(r"([0-9a-f]{64})\.json")
 
@@ -36,6 +40,10 @@ class Sealed:
     def seal_bytes(self) -> bytes:
         """The seal as it stands on disk; of a current manifest, current.json, which is enough to open it."""
         return (self.folder / (f"{self.digest}.json" if self._has_seal() else "current.json")).read_bytes()
+
+    def seal(self) -> dict[str, Any]:
+        """What the seal says."""
+        return dict(json.loads(self.seal_bytes()))
 
     @property
     def label(self) -> str:
@@ -97,6 +105,49 @@ def drop_manifest(sealed: Sealed) -> None:
     finally:
         if lock >= 0:
             os.close(lock)
+
+
+def stage_manifest(store: Path, name: str, arrow: bytes, seal: Mapping[str, Any]) -> Manifest:
+    """Put the file of another store's manifest in place, not sealed yet, and open it; raises ManifestMismatch."""
+    path = manifest_folder(store, name) / f"{seal['digest']}.arrow"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        return map_manifest(name, path, seal)
+    except ManifestMismatch:  # absent or damaged
+        write_atomically(path, arrow)
+        return map_manifest(name, path, seal)
+
+
+def seal_staged(store: Path, staged: Manifest, seal: Mapping[str, Any], part: Part | None, *, is_current: bool) -> None:
+    """Seal what was staged once its records are stored: all of them, or those of `part`. As the store's writer.
+
+    It becomes the current one of its name where `is_current`, unless one that was sealed later is.
+    """
+    folder, digest = manifest_folder(store, staged.name), staged.digest
+    path = folder / f"{digest}.json"
+    had = _parts_there(path)
+    parts = () if part is None or had == () else joined_parts([*(had or ()), part])
+    bare = {key: value for key, value in seal.items() if key != "parts"}
+    whole = bare | ({"parts": [str(each) for each in parts]} if parts else {})
+    data = json.dumps(whole, indent=1).encode() + b"\n"
+    write_atomically(path, data)
+    if is_current and (_current(folder) in (None, digest) or not _is_later(folder, bare)):
+        write_atomically(folder / "current.json", data)
+
+
+def _parts_there(path: Path) -> tuple[Part, ...] | None:
+    """Which parts a seal says are here, () for all; None where there is no seal."""
+    try:
+        return joined_parts(parse_part(part) for part in json.loads(path.read_text()).get("parts", ()))
+    except FileNotFoundError:
+        return None
+
+
+def _is_later(folder: Path, seal: Mapping[str, Any]) -> bool:
+    """Whether the current manifest of a name was sealed after `seal`; of one second the greater digest."""
+    current = json.loads((folder / "current.json").read_text())
+    mine, other = ((str(each.get("sealed_at", "")), str(each["digest"])) for each in (seal, current))
+    return other > mine
 
 
 def _current(folder: Path) -> str | None:

@@ -79,6 +79,16 @@ def decode_record(key: bytes, data: bytes | memoryview) -> Record:
         raise _corrupt(key, f"its header does not describe its payload ({error})") from None
 
 
+def verify_frame(key: bytes, data: bytes | memoryview) -> None:
+    """Raise RecordCorrupt unless `data` is a whole frame of `key`; its header is not read."""
+    _verify_frame(key, memoryview(data))
+
+
+def frame_checksum(data: bytes | memoryview) -> bytes:
+    """The checksum that a frame says it has, 16 bytes; fewer where it is too short to say."""
+    return bytes(memoryview(data)[_PREFIX.size : _HEADER_AT])
+
+
 def _verify_frame(key: bytes, view: memoryview) -> tuple[int, int]:
     if len(view) < _HEADER_AT:
         raise _corrupt(key, f"only {len(view)} bytes long")

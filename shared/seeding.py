@@ -1,11 +1,13 @@
 """Every random draw is a function of (seed, what, where): no global state, nothing to save, nothing to restore."""
 
 import hashlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgpack
 import numpy as np
-import torch
+
+if TYPE_CHECKING:
+    import torch
 
 
 def derive_seed(seed: int, *labels: str | int | bytes) -> int:
@@ -14,12 +16,14 @@ def derive_seed(seed: int, *labels: str | int | bytes) -> int:
     return int.from_bytes(hashlib.blake2b(message, digest_size=8).digest(), "big") >> 1
 
 
-def make_generator(seed: int, *labels: str | int | bytes, device: torch.device | str = "cpu") -> torch.Generator:
+def make_generator(seed: int, *labels: str | int | bytes, device: "torch.device | str" = "cpu") -> "torch.Generator":
     """A torch generator for one purpose at one place.
 
     CPU generators keep the lower 32 bits of a seed (CUDA's keep all): of a million samples some hundred pairs share
     their noise once in a run, which no training notices.
     """
+    import torch  # here: who only derives seeds needs none of it
+
     return torch.Generator(device=device).manual_seed(derive_seed(seed, *labels))
 
 

@@ -21,7 +21,7 @@ from shared.atomic import new_folder, sync_file, sync_folder
 from shared.command import one_line
 from shared.errors import DataError
 from shared.lease import Lease, holder
-from shared.original_reading import Part, foreign_names, read_parts
+from shared.original_reading import MARKS, Part, foreign_names, read_parts
 from shared.original_settings import fitted
 from shared.progress import say
 from shared.room import require_room
@@ -71,9 +71,7 @@ def open_original(file: Path) -> Original:
         parts = read_parts(tensors)
     except DataError as error:
         raise DataError(f"{file}: {error}") from None
-    return Original(
-        file, parts, frozenset(name for name in ("v_pred", "ztsnr") if name in tensors), read_metadata(file)
-    )
+    return Original(file, parts, frozenset(name for name in MARKS if name in tensors), read_metadata(file))
 
 
 def as_folder(original: Original, given: Path | None, tokenizers: Path | None) -> Path:
@@ -87,7 +85,7 @@ def as_folder(original: Original, given: Path | None, tokenizers: Path | None) -
     files = _settings(original, given) | _tokenizer_files(tokenizers)
     place = _models() / _file_digest(original.file)
     place.mkdir(parents=True, exist_ok=True)
-    key = hashlib.blake2b(json.dumps([FORMAT, {name: text.hex() for name, text in sorted(files.items())}]).encode())
+    key = hashlib.blake2b(json.dumps({name: text.hex() for name, text in sorted(files.items())}).encode())
     folder = place / key.hexdigest()[:16] / (one_line(original.file.stem).lstrip(".") or "model")
     if holder(place / "lock"):
         say(f"waiting for another command that converts {original.file}")
@@ -205,13 +203,13 @@ def _models() -> Path:
 
 def _file_digest(file: Path) -> str:
     def work_out() -> str:
-        digest = hashlib.blake2b(digest_size=16)
+        digest = hashlib.blake2b(b"%d " % FORMAT, digest_size=16)
         with file.open("rb") as opened:
             while chunk := opened.read(_CHUNK_BYTES):
                 digest.update(chunk)
         return digest.hexdigest()
 
-    return remembered_digest("the whole file", [file], work_out)
+    return remembered_digest(f"the whole file, format {FORMAT}", [file], work_out)
 
 
 def require_parts(original: Original, components: Sequence[str]) -> None:

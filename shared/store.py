@@ -24,19 +24,11 @@ import lmdb
 import numpy as np
 
 from shared.atomic import sync_file, sync_folder
-from shared.errors import (
-    RecordCorrupt,
-    StoreBusy,
-    StoreError,
-    StoreFormat,
-    StoreFull,
-    StoreIO,
-    StoreMissing,
-)
+from shared.errors import RecordCorrupt, StoreBusy, StoreError, StoreFormat, StoreFull, StoreIO, StoreMissing
 from shared.file_system import refuse_network
 from shared.lease import Lease
 from shared.preflight import check_data_file
-from shared.record import Array, Record, decode_record
+from shared.record import Array, Record, decode_record, frame_checksum
 from shared.store_card import read_card, refuse_foreign_folder, write_card
 
 MAP_SIZE_BYTES = 16 << 40  # address space, not memory or disk; the same for every process
@@ -57,10 +49,10 @@ class Snapshot:
         """Whether a record is stored under `key`; does not read it."""
         return self._transaction.get(key) is not None
 
-    def present(self, keys: Iterable[bytes]) -> list[bytes]:
-        """Those of `keys` under which a record is stored; sorted ones are found fastest."""
+    def has_each(self, keys: Iterable[bytes]) -> list[bool]:
+        """Whether a record is stored under each of `keys`; sorted ones are found fastest."""
         with self._transaction.cursor() as cursor:
-            return [key for key in keys if cursor.set_key(key)]
+            return [cursor.set_key(key) for key in keys]
 
     def read(self, key: bytes) -> Record:
         """A copy of the record of `key`; raises RecordCorrupt where it is absent or damaged."""
@@ -90,6 +82,10 @@ class Snapshot:
     def raw(self, key: bytes) -> bytes:
         """A copy of the bytes under `key`, unverified: what a quarantine keeps; raises RecordCorrupt where absent."""
         return bytes(self._view(key))
+
+    def checksums(self, keys: Iterable[bytes]) -> list[bytes]:
+        """What the frame of each key says its checksum is, unverified; raises RecordCorrupt where one is absent."""
+        return [frame_checksum(self._view(key)) for key in keys]
 
     def sizes_after(self, key: bytes | None, count: int) -> list[tuple[bytes, int]]:
         """The first `count` keys in order that come after `key`, or of all, with the bytes of their records."""
@@ -266,7 +262,7 @@ class StoreWriter(_Environment):
             self._lease.release()
             raise
 
-    def put_many(self, records: Sequence[tuple[bytes, bytes]]) -> int:
+    def put_many(self, records: Sequence[tuple[bytes, bytes | memoryview]]) -> int:
         """Commit framed records under their keys, durably, and return how many were new; present keys stay as they are.
 
         Raises StoreFull or StoreIO; then nothing of this batch is stored and everything before it is.

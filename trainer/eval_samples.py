@@ -19,12 +19,11 @@ from shared.errors import CheckpointError, RecordCorrupt
 from shared.latents import LatentMoments
 from shared.manifest import Manifest
 from shared.manifest_rows import ManifestRow, ManifestSettings
+from shared.parts import PINNED_SAMPLES, eval_order
 from shared.progress import say
-from shared.seeding import derive_seed
 from shared.store import StoreReader
 from trainer.batch import Batch
 
-MOST_SAMPLES = 256
 FILE = "eval_samples.json"
 
 
@@ -82,14 +81,14 @@ def pin_samples(run: Path, manifest: Manifest) -> list[PinnedSample]:
     return list(pinned.samples)
 
 
-def choose_samples(manifest: Manifest, count: int = MOST_SAMPLES, dataset: str | None = None) -> list[PinnedSample]:
+def choose_samples(manifest: Manifest, count: int = PINNED_SAMPLES, dataset: str | None = None) -> list[PinnedSample]:
     """Up to `count` held-out samples of a manifest, or of one of its data sets, by a hash of their ids."""
     rows = [int(row) for bucket in manifest.buckets("eval") for row in bucket.rows]
     if dataset is not None:
         is_in = manifest.in_dataset(dataset)
         rows = [row for row in rows if is_in[row]]
     ids = manifest.sample_ids(rows)
-    ordered = sorted(range(len(rows)), key=lambda i: (derive_seed(0, "eval sample", ids[i]), ids[i]))
+    ordered = eval_order(ids)
     has_variance = manifest.settings.latents == "moments"
     return [_pin(row, has_variance) for row in manifest.rows([rows[i] for i in ordered[:count]])]
 

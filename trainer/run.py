@@ -128,7 +128,7 @@ def look_at_run(request: Request) -> Prospect:
 def _prospect_of_new(request: Request) -> Prospect:
     if request.output.exists() and _is_foreign(request.output):
         raise ConfigError(f"{request.output} is not empty and no run: name a new folder with --output")
-    manifest = open_manifest(request.store, request.move_to_manifest or request.manifest)
+    manifest = _open_whole(request.store, request.move_to_manifest or request.manifest)
     start = choose_start(request.config, request.model, request.start)
     check_names(request.config, start)
     card = _new_card(request, manifest, start)
@@ -171,7 +171,7 @@ def _join_run(request: Request, told: dict[str, Any]) -> Run:
     if not told:
         raise Stopped("the first process could not open the run")
     folder = request.output
-    manifest = open_manifest(request.store, told["manifest"], told["digest"])
+    manifest = _open_whole(request.store, told["manifest"], told["digest"])
     path = told["checkpoint"] and folder / "checkpoints" / told["checkpoint"]
     checkpoint = open_checkpoint(path) if path else None
     card = _read_card(folder)
@@ -319,7 +319,7 @@ def _with_manifests(card: ExpertCard, uses: tuple[ManifestUse, ...]) -> ExpertCa
 
 def _same_manifest(request: Request, card: ExpertCard) -> Manifest:
     use = card.facts.manifests[-1]
-    manifest = open_manifest(request.store, use.name, use.digest)
+    manifest = _open_whole(request.store, use.name, use.digest)
     newest = current_digest(request.store, request.manifest)
     if newest not in (None, use.digest):
         begun = f"manifest {use.name} {use.digest[:16]}"
@@ -327,9 +327,20 @@ def _same_manifest(request: Request, card: ExpertCard) -> Manifest:
     return manifest
 
 
+def _open_whole(store: Path, name: str, digest: str | None = None) -> Manifest:
+    """A manifest whose records are all in the store; raises ConfigError where only a part of them was imported."""
+    manifest = open_manifest(store, name, digest)
+    if manifest.parts:
+        raise ConfigError(
+            f"{store} has only part {', '.join(map(str, manifest.parts))} of manifest {name!r}: import the rest "
+            "(cache-store import without --partition)"
+        )
+    return manifest
+
+
 def _move(request: Request, card: ExpertCard, checkpoint: Checkpoint | None) -> tuple[Manifest, ExpertCard]:
     assert request.move_to_manifest is not None
-    manifest = open_manifest(request.store, request.move_to_manifest)
+    manifest = _open_whole(request.store, request.move_to_manifest)
     old = card.facts.manifests[-1]
     if manifest.digest == old.digest:
         return manifest, card

@@ -22,13 +22,14 @@ from shared.contract import PairContract
 from shared.errors import ConfigError, ContractError, DataError, RecordCorrupt
 from shared.latents import LatentMoments, sample_latents
 from shared.manifest import open_manifest
+from shared.parts import PINNED_SAMPLES
 from shared.pictures import EXTENSIONS, PixelLimits, PixelRules, Pixels, cover, decode_image, read_size
 from shared.progress import say
 from shared.prompts import read_prompts_file
 from shared.seeding import make_generator
 from shared.store import StoreReader
 from shared.vae import Vae
-from trainer.eval_samples import MOST_SAMPLES, PinnedSample, choose_samples
+from trainer.eval_samples import PinnedSample, choose_samples
 
 RULES, LIMITS = PixelRules(), PixelLimits()
 MOST_ASPECT = 4  # of what is drawn; longer pictures are cut
@@ -138,7 +139,7 @@ def _held_out(path: Path, name: str, contract: PairContract, limit: int | None) 
     manifest = open_manifest(path, name)
     if manifest.settings.vae_digest != contract.vae_digest:
         raise ContractError(f"the latents in {path} are of another VAE than the experts'")
-    samples = choose_samples(manifest, limit or MOST_SAMPLES)
+    samples = choose_samples(manifest, limit or PINNED_SAMPLES)
     if not samples:
         raise DataError(
             f"manifest {name!r} of {path} holds no picture out (split.eval_fraction): nothing to begin with"

@@ -1,31 +1,48 @@
-"""How sources look at the disk: what lies in a folder, which files are shards, spans of them (shared/beneath.py opens).
+"""How sources look at folders: what lies in one, which files are shards (trees.py lists and opens).
 
-a folder -> list_folder, find_shards -> names, in order; a span of a shard -> read_span -> bytes
+a folder -> list_folder, find_shards -> names, in order
 """
 
 import operator
 import os
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-
-from shared.beneath import explain, open_beneath
-from shared.errors import DataError
+from typing import Protocol
 
 
-def read_span(root: Path, relative: str, start: int, length: int, max_bytes: int) -> bytes:
-    """`length` bytes from `start` of a file under `root`, at most `max_bytes`; raises DataError."""
-    if length > max_bytes:
-        raise DataError(f"{length} bytes, more than {max_bytes}")
-    try:
-        with open_beneath(root, relative) as file:
-            file.seek(start)
-            data = file.read(length)
-    except OSError as error:
-        raise DataError(explain(error)) from None
-    if len(data) != length:
-        raise DataError("cut short")
-    return data
+class Entry(Protocol):
+    """Something in a folder, as os.scandir gives it."""
+
+    @property
+    def name(self) -> str:
+        """Without its folder."""
+        ...
+
+    @property
+    def path(self) -> str:
+        """With it."""
+        ...
+
+    def is_file(self, *, follow_symlinks: bool = True) -> bool:
+        """Whether it is a regular file."""
+        ...
+
+    def is_dir(self, *, follow_symlinks: bool = True) -> bool:
+        """Whether it is a folder."""
+        ...
+
+    def is_symlink(self) -> bool:
+        """Whether it is a link."""
+        ...
+
+
+class Folders(Protocol):
+    """What lists folders (trees.py)."""
+
+    def entries(self, folder: str) -> Sequence[Entry]:
+        """What is in `folder`, "" for the root, sorted; raises OSError."""
+        ...
 
 
 def list_folder(folder: Path) -> list[os.DirEntry[str]]:
@@ -39,7 +56,7 @@ def list_folder(folder: Path) -> list[os.DirEntry[str]]:
     return sorted(found, key=lambda entry: os.fsencode(entry.name))
 
 
-def entry_kind(entry: os.DirEntry[str]) -> str:
+def entry_kind(entry: Entry) -> str:
     """ "file", "folder", or the reason why it is neither."""
     try:
         if entry.is_file(follow_symlinks=False):
@@ -51,7 +68,7 @@ def entry_kind(entry: os.DirEntry[str]) -> str:
         return f"cannot be read: {error.strerror}"
 
 
-def tally_key(entry: os.DirEntry[str]) -> str:
+def tally_key(entry: Entry) -> str:
     """Under what a file that is not used is counted: its suffix."""
     if entry.name.startswith("."):
         return "(hidden)"
@@ -65,19 +82,21 @@ def printable(name: str) -> str:
     return name if name.isascii() else os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
-def find_shards(root: Path, suffixes: Collection[str], passed_over: Counter[str]) -> Iterator[tuple[str, str | None]]:
-    """(path under `root`, None or why it is not read) of each file with one of `suffixes`, sorted by path.
+def find_shards(
+    tree: Folders, suffixes: Collection[str], passed_over: Counter[str]
+) -> Iterator[tuple[str, str | None]]:
+    """(path under the root, None or why it is not read) of each file with one of `suffixes`, sorted by path.
 
     Hidden files and folders are passed over, links are not followed; other files are counted in `passed_over`.
-    Raises OSError where `root` cannot be listed.
+    Raises OSError where the root cannot be listed.
     """
-    todo = [("", entry) for entry in reversed(list_folder(root))]
+    todo = [("", entry) for entry in reversed(tree.entries(""))]
     while todo:
         prefix, entry = todo.pop()
         path, kind = prefix + entry.name, entry_kind(entry)
         if kind == "folder" and not entry.name.startswith("."):
             try:
-                todo += [(path + "/", below) for below in reversed(list_folder(root / path))]
+                todo += [(path + "/", below) for below in reversed(tree.entries(path))]
             except OSError as error:
                 yield path + "/", f"folder cannot be read: {error.strerror}"
         elif os.path.splitext(entry.name)[1].lower() in suffixes and not entry.name.startswith("."):

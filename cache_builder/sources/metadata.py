@@ -5,7 +5,6 @@ metadata file -> rows by the picture they name -> folder.py, which meets the pic
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from cache_builder.captions import CaptionRules
@@ -14,7 +13,8 @@ from cache_builder.sources.columns import Columns, Complaints, first_filled
 from cache_builder.sources.parquet import ParquetTable
 from cache_builder.sources.rows import BadRow, Row, csv_types, read_csv, read_jsonl
 from cache_builder.sources.rules import SourceRules
-from shared.beneath import open_beneath, relative_path
+from cache_builder.sources.trees import Tree
+from shared.beneath import relative_path
 from shared.errors import DataError
 
 
@@ -30,14 +30,14 @@ class Entry:
 
 
 def read_metadata(
-    root: Path, path: str, rules: SourceRules, caption_rules: CaptionRules
+    tree: Tree, path: str, rules: SourceRules, caption_rules: CaptionRules
 ) -> Iterator[tuple[str, Entry] | Skipped]:
-    """(picture, entry) of each row of the metadata file `path`, in order; all relative to `root`."""
+    """(picture, entry) of each row of the metadata file `path`, in order; all relative to the root."""
     folder = path.rpartition("/")[0]
     unit = "row" if path.lower().endswith(".parquet") else "line"
     complaints = Complaints(path, unit)
     try:
-        columns, rows = _rows(root, path, rules, caption_rules)
+        columns, rows = _rows(tree, path, rules, caption_rules)
         for row in rows:
             if isinstance(row, BadRow):
                 yield complaints.skip(row.number, row.reason)
@@ -55,24 +55,23 @@ def read_metadata(
 
 
 def _rows(
-    root: Path, path: str, rules: SourceRules, caption_rules: CaptionRules
+    tree: Tree, path: str, rules: SourceRules, caption_rules: CaptionRules
 ) -> tuple[Columns, Iterator[Row | BadRow]]:
     if path.lower().endswith(".csv"):
-        with open_beneath(root, path) as file:
+        with tree.open(path) as file:
             types = csv_types(file)
-        return Columns(rules, caption_rules, types), _stream(root, path)
-    return Columns(rules, caption_rules), _parquet(root, path) if path.lower().endswith(".parquet") else _stream(
-        root, path
-    )
+        return Columns(rules, caption_rules, types), _stream(tree, path)
+    rows = _parquet(tree, path) if path.lower().endswith(".parquet") else _stream(tree, path)
+    return Columns(rules, caption_rules), rows
 
 
-def _stream(root: Path, path: str) -> Iterator[Row | BadRow]:
-    with open_beneath(root, path) as file:
+def _stream(tree: Tree, path: str) -> Iterator[Row | BadRow]:
+    with tree.open(path) as file:
         yield from read_csv(file) if path.lower().endswith(".csv") else read_jsonl(file)
 
 
-def _parquet(root: Path, path: str) -> Iterator[Row | BadRow]:
-    table = ParquetTable(root, path)
+def _parquet(tree: Tree, path: str) -> Iterator[Row | BadRow]:
+    table = ParquetTable(tree, path)
     try:
         yield from (row for row, _ in table.rows(table.carried(table.columns)))
     finally:

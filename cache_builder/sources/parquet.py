@@ -11,7 +11,6 @@ from collections import deque
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from threading import Lock
 from typing import Any
 
@@ -19,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cache_builder.sources.rows import BadRow, Row
-from shared.beneath import open_beneath
+from cache_builder.sources.trees import Tree
 from shared.errors import DataError
 
 BATCH_BYTES = 16 << 20  # aimed at, by the mean size of a row
@@ -39,10 +38,10 @@ class Embedded:
 class ParquetTable:
     """The file `path` under a data set's root; raises DataError where it is none."""
 
-    def __init__(self, root: Path, path: str) -> None:
+    def __init__(self, tree: Tree, path: str) -> None:
         self.path = path
         with _untrusted():
-            stream = open_beneath(root, path)
+            stream = tree.open(path)
             self._finalize = weakref.finalize(self, stream.close)  # a shelf is dropped with its table open
             self._file = pq.ParquetFile(stream, buffer_size=_BUFFER_BYTES, pre_buffer=False)
             self._schema = self._file.schema_arrow
@@ -116,8 +115,8 @@ class Batch:
 class PictureShelf:
     """The bytes of single rows, from the batches that were met last or from the file again; for several threads."""
 
-    def __init__(self, root: Path, max_bytes: int) -> None:
-        self._root, self._max_bytes = root, max_bytes
+    def __init__(self, tree: Tree, max_bytes: int) -> None:
+        self._tree, self._max_bytes = tree, max_bytes
         self._lock = Lock()
         self._recent: deque[Batch] = deque()
         self._table: ParquetTable | None = None
@@ -145,7 +144,7 @@ class PictureShelf:
         if self._ahead is None or self._ahead[:2] != (path, column) or self._ahead[2] > row:
             if self._table:
                 self._table.close()
-            self._table = ParquetTable(self._root, path)
+            self._table = ParquetTable(self._tree, path)
             self._ahead = path, column, 0, self._table.batches([column], row)
         following = self._ahead[3]
         self._ahead = None  # until it is found: what failed is begun anew

@@ -5,6 +5,7 @@ root -> shards -> rows -> Columns -> Found(SHARD/ROW or the picture's path) | Sk
 Nothing is held but the rows of one batch; a picture in a row is read again by the row's number.
 """
 
+import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -19,7 +20,8 @@ from cache_builder.sources.files import find_shards, printable
 from cache_builder.sources.parquet import Batch, Embedded, ParquetTable, PictureShelf
 from cache_builder.sources.rows import BadRow, Row, csv_columns, csv_types, read_csv, read_jsonl
 from cache_builder.sources.rules import TABLE_SUFFIXES, SourceRules
-from shared.beneath import open_beneath, read_beneath, relative_path
+from cache_builder.sources.trees import FolderTree, Root, Tree, name_of, open_tree
+from shared.beneath import relative_path
 from shared.errors import DataError
 
 
@@ -27,37 +29,37 @@ class TableSource:
     """The pictures of a table; paths in it are relative to its folder."""
 
     def __init__(
-        self, root: Path, dataset_id: str, rules: SourceRules, caption_rules: CaptionRules, max_bytes: int
+        self, root: Root, dataset_id: str, rules: SourceRules, caption_rules: CaptionRules, max_bytes: int
     ) -> None:
         self.root = root
         self.dataset_id = dataset_id
         self.passed_over: Counter[str] = Counter()
         self.containers = 0
         self._rules, self._caption_rules, self._max_bytes = rules, caption_rules, max_bytes
-        self._folder = root
-        self._shelf = PictureShelf(root, max_bytes)
 
     def scan(self) -> Iterator[Found | Skipped]:
         """Every row in order, file after file, sorted by path; raises DataError at once where there is no table."""
         self.passed_over.clear()
         self.containers = 0
         try:
-            if self.root.is_dir():
-                found = find_shards(self.root, TABLE_SUFFIXES, self.passed_over)
-                return self._read_all([(path, path, why) for path, why in found], self.root)
-            target = self.root.resolve(strict=True)  # the file itself may be a link: the user named it
+            tree, name = open_tree(self.root)
+            if name is None:
+                found = find_shards(tree, TABLE_SUFFIXES, self.passed_over)
+                return self._read_all(tree, tree, [(path, path, why) for path, why in found])
         except OSError as error:
             raise DataError(f"data set {self.dataset_id}: table {self.root}: {error.strerror}") from None
-        if self.root.suffix.lower() not in TABLE_SUFFIXES:
+        if os.path.splitext(name_of(self.root))[1].lower() not in TABLE_SUFFIXES:
             raise DataError(
                 f"data set {self.dataset_id}: table {self.root}: tables end in {', '.join(TABLE_SUFFIXES)}; "
                 "source.kind says what a root is"
             )
-        self._folder = self.root.parent
-        self._shelf = PictureShelf(target.parent, self._max_bytes)
-        return self._read_all([(self.root.name, target.name, None)], target.parent)
+        pictures = FolderTree(self.root.parent) if isinstance(self.root, Path) else tree  # not beside a link's target
+        return self._read_all(tree, pictures, [(name_of(self.root), name, None)])
 
-    def _read_all(self, shards: Sequence[tuple[str, str, str | None]], folder: Path) -> Iterator[Found | Skipped]:
+    def _read_all(
+        self, folder: Tree, pictures: Tree, shards: Sequence[tuple[str, str, str | None]]
+    ) -> Iterator[Found | Skipped]:
+        self._pictures, self._shelf = pictures, PictureShelf(folder, self._max_bytes)
         types = _csv_types(folder, [path for name, path, why in shards if why is None and _is_csv(name)])
         for name, path, why in shards:
             label = printable(name)
@@ -72,7 +74,7 @@ class TableSource:
             except DataError as error:
                 yield Skipped(label, f"{label}: {error}")
 
-    def _read_lines(self, folder: Path, label: str, path: str, types: Mapping[str, type]) -> Iterator[Found | Skipped]:
+    def _read_lines(self, folder: Tree, label: str, path: str, types: Mapping[str, type]) -> Iterator[Found | Skipped]:
         if _is_csv(label):
             with _opened(folder, path) as file:
                 self._require_picture(csv_columns(file))
@@ -81,7 +83,7 @@ class TableSource:
             for row in read_csv(file) if _is_csv(label) else read_jsonl(file):
                 yield self._picture(row, columns, complaints)
 
-    def _read_parquet(self, folder: Path, label: str, path: str) -> Iterator[Found | Skipped]:
+    def _read_parquet(self, folder: Tree, label: str, path: str) -> Iterator[Found | Skipped]:
         table = ParquetTable(folder, path)
         try:
             self._require_picture(table.columns)
@@ -110,8 +112,9 @@ class TableSource:
                 read = partial(self._shelf.read, file, column, row.number)
             else:
                 name = path = relative_path(cell)
-                read = partial(read_beneath, self._folder, path, self._max_bytes)
-            return Found(path, columns.captions(row.values, name), read, columns.meta(row.values))
+                read = partial(self._pictures.read, path, self._max_bytes)
+            captions, meta = columns.captions(row.values, name), columns.meta(row.values)
+            return Found(path, captions, read, meta, is_slow=self._pictures.is_remote)
         except DataError as error:
             return complaints.skip(row.number, str(error))
 
@@ -135,7 +138,7 @@ class TableSource:
             )
 
 
-def _csv_types(folder: Path, paths: Sequence[str]) -> dict[str, type]:
+def _csv_types(folder: Tree, paths: Sequence[str]) -> dict[str, type]:
     """The types of the columns over all CSV files of a data set."""
     types: dict[str, type] = {}
     for path in paths:
@@ -148,8 +151,8 @@ def _is_csv(name: str) -> bool:
     return name.lower().endswith(".csv")
 
 
-def _opened(folder: Path, path: str) -> BinaryIO:
+def _opened(folder: Tree, path: str) -> BinaryIO:
     try:
-        return open_beneath(folder, path)
+        return folder.open(path)
     except OSError as error:
         raise DataError(f"cannot be read: {error.strerror}") from None

@@ -20,9 +20,10 @@ from cache_builder.captions import MAX_CAPTION_BYTES, CaptionRules, parse_captio
 from cache_builder.sources import Found, MetaValue, Skipped
 from cache_builder.sources.archive import Member, Refused, members
 from cache_builder.sources.columns import Columns, Complaints, first_with_words, name_caption
-from cache_builder.sources.files import find_shards, printable, read_span
+from cache_builder.sources.files import find_shards, printable
 from cache_builder.sources.rules import SourceRules
-from shared.beneath import open_beneath, relative_path
+from cache_builder.sources.trees import Root, Tree, is_bucket, name_of, open_files, open_tree
+from shared.beneath import relative_path
 from shared.errors import ConfigError, DataError
 from shared.pictures import EXTENSIONS
 
@@ -37,7 +38,7 @@ class WebDatasetSource:
     """The pictures in tar shards: one .tar, a pattern such as shard-{000..012}.tar, or a folder of shards."""
 
     def __init__(
-        self, root: Path, dataset_id: str, rules: SourceRules, caption_rules: CaptionRules, max_bytes: int
+        self, root: Root, dataset_id: str, rules: SourceRules, caption_rules: CaptionRules, max_bytes: int
     ) -> None:
         self.root = root
         self.dataset_id = dataset_id
@@ -51,30 +52,31 @@ class WebDatasetSource:
         self.passed_over.clear()
         self.containers = 0
         try:
-            if self.root.is_dir():
-                shards = [
-                    (self.root, path, path, why) for path, why in find_shards(self.root, (".tar",), self.passed_over)
-                ]
-            else:
-                shards = [self._named(path) for path in self._names()]
+            shards = self._shards()
         except OSError as error:
             raise DataError(f"data set {self.dataset_id}: shard {error.filename}: {error.strerror}") from None
         return itertools.chain.from_iterable(self._shard(*shard) for shard in shards)
 
-    def _names(self) -> list[str]:
-        return [str(self.root)] if self.root.exists() else expand_braces(str(self.root))
+    def _shards(self) -> Sequence[tuple[Tree, str, str, str | None]]:
+        """Tree, path in it, label, and None or why it is not read, of each shard; one that was named may be a link."""
+        try:
+            tree, name = open_tree(self.root)
+        except FileNotFoundError:
+            names = expand_braces(str(self.root))
+            files = open_files(names if is_bucket(self.root) else [Path(name) for name in names])
+            labels = [os.path.basename(name) for name in names]
+            return [(*file, label, None) for file, label in zip(files, labels, strict=True)]
+        if name is not None:
+            return [(tree, name, name_of(self.root), None)]
+        return [(tree, path, path, why) for path, why in find_shards(tree, (".tar",), self.passed_over)]
 
-    def _named(self, path: str) -> tuple[Path, str, str, None]:
-        target = Path(path).resolve(strict=True)  # a shard that was named may be a link
-        return target.parent, target.name, os.path.basename(path), None
-
-    def _shard(self, folder: Path, path: str, label: str, why: str | None) -> Iterator[Found | Skipped]:
+    def _shard(self, folder: Tree, path: str, label: str, why: str | None) -> Iterator[Found | Skipped]:
         label = printable(label)
         self.containers += 1
         try:
             if why is not None:
                 raise DataError(why)
-            with open_beneath(folder, path) as file:
+            with folder.open(path) as file:
                 shard = _Shard(folder, path, label, file, Complaints(label, "file"))
                 for group in _groups(members(file)):
                     yield from self._group(shard, group)
@@ -106,8 +108,8 @@ class WebDatasetSource:
             captions, meta = self._texts(shard, name, texts)
         except DataError as error:
             return shard.complaints.skip(printable(item.name)[:200], str(error))
-        read = partial(read_span, shard.folder, shard.path, item.start, item.size, self._max_bytes)
-        return Found(f"{shard.label}/{name}", captions, read, meta)
+        read = partial(shard.folder.read_span, shard.path, item.start, item.size, self._max_bytes)
+        return Found(f"{shard.label}/{name}", captions, read, meta, is_slow=shard.folder.is_remote)
 
     def _texts(
         self, shard: "_Shard", name: str, texts: Sequence[tuple[str, Member | Refused]]
@@ -132,7 +134,7 @@ class WebDatasetSource:
 class _Shard:
     """One tar file that is being read."""
 
-    folder: Path
+    folder: Tree
     path: str
     label: str
     file: BinaryIO

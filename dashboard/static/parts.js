@@ -1,6 +1,6 @@
 // Parts of the page. Whatever comes from files (captions, names, reasons) becomes text, never markup.
 
-import { bytes, capital, clock, digits, duration, several, size, whole } from "./words.js";
+import { bytes, capital, clock, digits, duration, pace, several, size, whole } from "./words.js";
 
 export function el(tag, attributes = {}, ...inside) {
   const made = document.createElement(tag);
@@ -80,7 +80,7 @@ export function runCard(run, at) {
     facts([
       ["Loss", digits(run.loss)],
       ["Learning rate", digits(run.learning_rate)],
-      ["Steps/s", digits(run.steps_per_s)],
+      ["Speed", run.steps_per_s == null || run.state !== "training" ? null : pace(run.steps_per_s)],
       ["Time left", run.left_s == null ? null : duration(run.left_s)],
       ["Waiting for data", run.data_wait_share == null ? null : `${(run.data_wait_share * 100).toFixed(1)} %`],
       ["Skipped steps", run.skipped ? whole(run.skipped) : null],

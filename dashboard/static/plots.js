@@ -165,8 +165,8 @@ export function bucketPlot(buckets) {
       }),
       series: [
         { label: "size", value: (_, raw) => names[raw] ?? "–" },
-        { label: "all", fill: clear(colourOf(1), 0.55), paths: bars, points: { show: false }, value: (_, raw) => whole(raw) },
-        { label: "trained on", fill: colourOf(0), paths: bars, points: { show: false }, value: (_, raw) => whole(raw) },
+        { label: "all", fill: clear(colourOf(2), 0.4), paths: bars, points: { show: false }, value: (_, raw) => whole(raw) },
+        { label: "trained on", fill: colourOf(2), paths: bars, points: { show: false }, value: (_, raw) => whole(raw) },
       ],
     }),
   });

@@ -38,4 +38,7 @@ export const capital = (text) => text.charAt(0).toUpperCase() + text.slice(1);
 
 export const size = ([height, width]) => `${height} × ${width}`;
 
+// Steps per second, or what a slow one takes.
+export const pace = (perS) => (perS >= 1 || perS <= 0 ? `${digits(perS)} steps/s` : `${digits(1 / perS)} s a step`);
+
 export const several = (count, one, many) => `${whole(count)} ${count === 1 ? one : many}`;

@@ -12,7 +12,8 @@ import pytest
 
 from cache_builder.captions import CaptionRules
 from cache_builder.sources import Found, Skipped, Source
-from cache_builder.sources.folder import FolderSource, read_regular
+from cache_builder.sources.folder import FolderSource
+from shared.beneath import read_regular
 from shared.errors import DataError
 
 

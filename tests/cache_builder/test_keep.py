@@ -113,5 +113,14 @@ def test_nothing_goes_where_the_shelf_is_damaged(store: Path) -> None:
     assert left_files(store) == set(digests)
 
 
+def test_nothing_goes_while_another_one_writes(store: Path) -> None:
+    digests = seal(store, 3)
+    with StoreWriter(store):
+        result = drop_old_manifests(store, "main", KeepRules(1))
+    assert (result.dropped, left(store)) == ([], set(digests))
+    assert "is being written by pid" in result.remarks[0]
+    assert len(drop_old_manifests(store, "main", KeepRules(1)).dropped) == 2
+
+
 def left_files(store: Path) -> set[str]:
     return {path.stem for path in (store / "manifests/main").glob("*.arrow")}

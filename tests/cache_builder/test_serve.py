@@ -225,6 +225,20 @@ def test_a_service_that_is_stopped_in_a_build_ends_with_75_and_goes_on(world: Pa
     assert again.end() == 0
 
 
+def test_a_service_that_hangs_holds_up_no_build(world: Path, services: Services) -> None:
+    service = services.start(world)
+    service.wait_for(lambda status: status["state"] == "building")
+    os.kill(service.pid, signal.SIGSTOP)
+    end_s = time.monotonic() + PATIENCE_S
+    while holder(world / "store/writer.lock") or not (world / "store/manifests/main/current.json").exists():
+        assert time.monotonic() < end_s
+        time.sleep(0.02)
+    assert service.status()["builds"] == 0
+    os.kill(service.pid, signal.SIGCONT)
+    assert service.wait_for(lambda status: status["builds"] == 1)["last_seal"]["rows"] == 8
+    assert service.end() == 0
+
+
 FAKE = """
 import json, os, signal, sys, time
 count = os.path.join({folder!r}, "count")

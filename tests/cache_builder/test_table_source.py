@@ -16,6 +16,7 @@ from cache_builder.sources import Found, Skipped
 from cache_builder.sources import parquet as parquet_door
 from cache_builder.sources.rules import SourceRules
 from cache_builder.sources.table import TableSource
+from cache_builder.sources.trees import Tree
 from shared.errors import DataError
 from tests.datasets import Item, csv_text, jsonl, write_folder, write_parquet
 
@@ -77,9 +78,9 @@ def test_one_pass_over_a_file_reads_it_once(tmp_path: Path, monkeypatch: pytest.
     opened: list[str] = []
     table = parquet_door.ParquetTable
 
-    def counted(root: Path, path: str) -> parquet_door.ParquetTable:
+    def counted(tree: Tree, path: str) -> parquet_door.ParquetTable:
         opened.append(path)
-        return table(root, path)
+        return table(tree, path)
 
     items = found(make_source(write_parquet(tmp_path / "t.parquet", ITEMS, group=5)))
     monkeypatch.setattr(parquet_door, "ParquetTable", counted)

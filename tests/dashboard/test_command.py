@@ -5,15 +5,10 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
-from urllib.request import urlopen
 
 import psutil
 import pytest
@@ -23,33 +18,9 @@ from dashboard.cli import _cache_dashboard
 from shared.command import run_command
 from shared.manifest_shelf import drop_manifest, sealed_manifests
 from shared.store import StoreWriter
+from tests.dashboard.page_process import PATIENCE_S, answer_of, page
 
-ROOT = Path(__file__).parents[2]
-PATIENCE_S = 30.0
 ROUNDS = 10
-
-
-@contextmanager
-def page(store: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """A page's process, and its address."""
-    command = [sys.executable, "-m", "dashboard", "--store", str(store), "--port", "0", *options]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
-    try:
-        yield process, process.stderr.readline().strip().rpartition(" ")[2]
-    finally:
-        process.kill()
-        process.communicate()
-
-
-def answer_of(address: str) -> Any:
-    """What the page answers, as soon as it does."""
-    until_s = time.monotonic() + PATIENCE_S
-    while time.monotonic() < until_s:
-        with suppress(OSError), urlopen(address, timeout=PATIENCE_S) as answer:
-            return answer.read().decode()
-        time.sleep(0.02)
-    raise AssertionError(f"no answer from {address}")
 
 
 def test_it_says_where_it_is_and_goes_when_asked(world: Any, tmp_path: Path) -> None:
@@ -60,7 +31,7 @@ def test_it_says_where_it_is_and_goes_when_asked(world: Any, tmp_path: Path) -> 
         assert (card["pid"], card["host"]) == (process.pid, "127.0.0.1")
         assert card["port"] == int(address.rstrip("/").rpartition(":")[2])
         assert card["created_s"] == pytest.approx(psutil.Process(process.pid).create_time(), abs=1)
-        assert psutil.Process(process.pid).nice() == min(19, psutil.Process().nice() + 10)
+        assert psutil.Process(process.pid).nice() == min(19, psutil.Process().nice() + 5)
         loaded = [Path(mapped.path).name for mapped in psutil.Process(process.pid).memory_maps()]
         assert any("lmdb" in name or name.startswith("cpython") for name in loaded)
         assert not [name for name in loaded if "torch" in name]

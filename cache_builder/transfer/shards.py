@@ -1,0 +1,169 @@
+"""One shard <-> frames: a Parquet file of three columns. The door to Parquet on this side.
+
+    key       fixed_len_byte_array(16)   content key of a record
+    checksum  fixed_len_byte_array(16)   the one that stands in its frame
+    frame     byte_array                 the record as the store has it (shared/record.py)
+
+Every page has a checksum, and every frame its own. A shard's digest is blake2b-256 over keys and checksums in order: it
+names the content whatever the file looks like, is known before a byte is written, and is verified before a frame is
+read, each of which must then have the checksum of its row.
+"""
+
+import hashlib
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cache_builder.places import Place, explain_io
+from shared.errors import DataError, RecordCorrupt, RecordNewer
+from shared.record import KEY_BYTES, decode_record, frame_checksum
+
+SHARD_FORMAT = 1
+GROUP_BYTES = 16 << 20  # of frames in a row group, which is read and written at once
+GROUP_ROWS = 4096
+MOST_GROUP_BYTES = 1 << 30  # a row group that says it is larger is not one of ours
+ROWS_AT_ONCE = 8  # decoded: what is small is allocated again and again in the same pages
+_SHORT = pa.binary(KEY_BYTES)
+_SCHEMA = pa.schema(
+    [
+        pa.field("key", _SHORT, nullable=False),
+        pa.field("checksum", _SHORT, nullable=False),
+        pa.field("frame", pa.binary(), nullable=False),
+    ]
+)
+
+Frame = tuple[bytes, memoryview]
+Row = tuple[bytes, bytes]  # key, checksum
+
+
+def shard_digest(rows: Iterable[Row]) -> str:
+    """blake2b-256, hex, over the format version and each key and checksum, in order."""
+    digest = hashlib.blake2b(b"sdxl-experts shard %d" % SHARD_FORMAT, digest_size=32)
+    for key, checksum in rows:
+        digest.update(key + checksum)
+    return digest.hexdigest()
+
+
+def write_shard(file: Any, rows: Sequence[Row], groups: Iterable[Sequence[tuple[bytes, bytes]]]) -> None:
+    """Write frames, a row group at a time, into an open file; raises RecordCorrupt where they are not `rows`' own."""
+    expected = iter(rows)
+    with pq.ParquetWriter(
+        file,
+        _SCHEMA,
+        compression="none",  # latents are noise to zstd, and what it gains of texts is little of the whole
+        use_dictionary=False,
+        write_statistics=False,
+        write_page_checksum=True,
+    ) as writer:
+        for group in groups:
+            here = [(key, frame_checksum(frame)) for key, frame in group]
+            if here != list(itertools.islice(expected, len(here))):
+                raise RecordCorrupt("records changed while they were exported")
+            keys, checksums = zip(*here, strict=True)
+            columns = [pa.array(keys, _SHORT), pa.array(checksums, _SHORT), _joined([frame for _, frame in group])]
+            writer.write_table(pa.Table.from_arrays(columns, schema=_SCHEMA), row_group_size=len(group))
+
+
+def _joined(frames: Sequence[bytes]) -> pa.Array:
+    """Frames as one column; pa.array would grow its buffer again and again, each time into fresh pages."""
+    offsets = np.cumsum([0, *map(len, frames)], dtype=np.int32)
+    buffers = [None, pa.py_buffer(offsets), pa.py_buffer(b"".join(frames))]
+    return pa.Array.from_buffers(pa.binary(), len(frames), buffers)
+
+
+class ShardReader:
+    """The shard of a digest at a place; raises DataError where it is not whole, or not that one."""
+
+    def __init__(self, place: Place, name: str, digest: str) -> None:
+        self.label = place.label(name)
+        self._stream = place.open(name)
+        try:
+            with self._untrusted():
+                self._file = pq.ParquetFile(self._stream, page_checksum_verification=True, pre_buffer=True)
+                self._check_footer()
+                short = self._file.read(["key", "checksum"], use_threads=False)
+                self.rows: list[Row] = list(zip(*(column.to_pylist() for column in short.columns), strict=True))
+                if shard_digest(self.rows) != digest:
+                    raise ValueError("it holds other records than it should (digest)")
+        except BaseException:
+            self.close()
+            raise
+
+    def groups(self) -> Iterator[list[Row]]:
+        """Rows of each row group."""
+        start = 0
+        for index in range(self._file.num_row_groups):
+            end = start + self._file.metadata.row_group(index).num_rows
+            yield self.rows[start:end]
+            start = end
+
+    def frames(self, group: int) -> Iterator[Frame]:
+        """Keys and frames of a row group, each frame verified: the one of its row, whole, and a record."""
+        with self._untrusted():
+            batches = self._file.iter_batches(ROWS_AT_ONCE, [group], use_threads=False)
+        while (batch := self._next(batches)) is not None:
+            keys, checksums, frames = batch.columns
+            for key, checksum, frame in zip(keys.to_pylist(), checksums.to_pylist(), frames, strict=True):
+                view = memoryview(frame.as_buffer()).cast("B")  # Arrow has signed bytes
+                try:
+                    decode_record(key, view)
+                    if frame_checksum(view) != checksum:
+                        raise RecordCorrupt(f"record {key.hex()} is another than its row says")
+                except RecordNewer as error:
+                    raise DataError(f"{self.label}: {error}") from None
+                except RecordCorrupt as error:
+                    raise DataError(f"{self.label}: {error}; {_WAY_OUT}") from None
+                yield key, view
+
+    def _next(self, batches: Iterator[pa.RecordBatch]) -> pa.RecordBatch | None:
+        with self._untrusted():
+            return next(batches, None)
+
+    def close(self) -> None:
+        """Let go of the file."""
+        with suppress(OSError):
+            self._stream.close()
+
+    def __enter__(self) -> "ShardReader":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _check_footer(self) -> None:
+        """What is read later is bounded by the file: no dictionary and no compression can make more of it."""
+        if not self._file.schema_arrow.equals(_SCHEMA):
+            raise ValueError(
+                f"its columns are {', '.join(self._file.schema_arrow.names)[:80]}, not key, checksum and frame"
+            )
+        footer, size = self._file.metadata, self._stream.size()
+        for index in range(footer.num_row_groups):
+            group = footer.row_group(index)
+            columns = [group.column(number) for number in range(group.num_columns)]
+            if any(column.compression != "UNCOMPRESSED" or column.has_dictionary_page for column in columns):
+                raise ValueError("its columns are not stored as they are")
+            if not 0 <= group.total_byte_size <= min(size, MOST_GROUP_BYTES):
+                raise ValueError(f"row group {index} says it has {group.total_byte_size} bytes")
+
+    @contextmanager
+    def _untrusted(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if error.errno or "AWS Error" in str(error):
+                raise explain_io(self.label, error) from None
+            raise self._damaged(error) from None
+        except (pa.ArrowException, ValueError, KeyError, TypeError, OverflowError, MemoryError) as error:
+            raise self._damaged(error) from None
+
+    def _damaged(self, error: BaseException) -> DataError:
+        said = (str(error).splitlines() or [type(error).__name__])[0][:160]
+        return DataError(f"{self.label} is no shard, or damaged: {said}; {_WAY_OUT}")
+
+
+_WAY_OUT = "remove that file and run the same cache-store export again, which writes what is not there"
