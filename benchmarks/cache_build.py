@@ -130,7 +130,7 @@ def first_scan(folder: Path) -> float:
     config = load_config(BuildConfig, sets=list(SETTINGS))
     with tempfile.TemporaryDirectory() as empty, StoreWriter(Path(empty) / "store") as store:
         started_s = time.perf_counter()
-        Scanner(config, "ab" * 32, "float32", BuildReport()).scan([_source(folder, config)], store)
+        Scanner(config, "ab" * 32, "float32", {}, BuildReport()).scan([_source(folder, config)], store)
         return time.perf_counter() - started_s
 
 

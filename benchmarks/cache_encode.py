@@ -17,7 +17,6 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,8 @@ from cache_builder.fill import Filler
 from cache_builder.preview_fit import PreviewKeeper
 from cache_builder.report import BuildReport
 from cache_builder.runners import LocalRunner
-from cache_builder.scan import Sample, Scanner
+from cache_builder.samples import Sample
+from cache_builder.scan import Scanner
 from cache_builder.sources.folder import FolderSource
 from shared.config import load_config
 from shared.preview import PreviewFit, write_preview
@@ -95,20 +95,19 @@ class World:
         self.config = load_config(BuildConfig, sets=settings)
         with StoreWriter(folder / "scanned") as store:
             source = FolderSource(folder / "pictures", "set", self.config.captions, self.config.images.max_bytes)
-            self.samples = Scanner(self.config, VAE.digest, "float32", BuildReport()).scan([source], store)
+            self.samples = Scanner(self.config, VAE.digest, "float32", {}, BuildReport()).scan([source], store)
 
     def build(self, encoder: Free) -> int:
         """The second pass into a store of its own; how many pictures were stored."""
         self._stores += 1
-        samples = [replace(sample, thumbnail=None) for sample in self.samples]
         with StoreWriter(self.folder / f"store-{self._stores}") as store:
             write_preview(store.path, VAE.digest, _some_preview())  # fitted once in a store's life: not counted here
             keeper = PreviewKeeper(store.path, VAE.digest)
-            report = BuildReport(seen=len(samples))
+            report = BuildReport(seen=len(self.samples))
             with LocalRunner(encoder) as runner:
-                usable = Filler(store, self.config, report, runner, keeper).encode_pictures(samples, VAE)
-        assert len(usable) == report.stored == len(samples)
-        return len(samples)
+                usable = Filler(store, self.config, report, runner, keeper).encode_pictures(self.samples, VAE)
+        assert len(usable) == report.stored == len(self.samples)
+        return len(self.samples)
 
     def pillow(self) -> int:
         """The same files to the same crops, with nothing but Pillow, on as many threads."""

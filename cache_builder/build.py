@@ -4,10 +4,8 @@ The store grows in commits of one batch; the manifest is sealed at the end, from
 build of the same pictures finds every key there, loads no weights and seals the same digest.
 """
 
-import contextlib
-import gc
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,14 +13,15 @@ from typing import Any
 from cache_builder.config import BuildConfig
 from cache_builder.encode import SampleEncoder
 from cache_builder.fill import Filler
+from cache_builder.keys import text_key
 from cache_builder.meta import meta_types
 from cache_builder.preview_fit import PreviewKeeper
 from cache_builder.report import BuildReport
 from cache_builder.runners import device_names, open_runner
-from cache_builder.scan import Sample, Scanner
+from cache_builder.scan import Scanner
 from cache_builder.sealing import SampleRows
 from cache_builder.sources import Source
-from cache_builder.split import Thumbnail, held_out
+from cache_builder.split import held_out
 from shared.errors import DataError
 from shared.manifest import check_data_sets, seal_manifest
 from shared.manifest_rows import ManifestSettings, MetaType
@@ -69,23 +68,23 @@ def build(
     index = read_json_object(model / "model_index.json")
     datasets = tuple(sorted({source.dataset_id for source in sources}))
     check_data_sets(options.store, options.manifest, datasets, replace=options.replace)
-    with _few_full_collections(), StoreWriter(options.store, wait=options.wait) as store:
+    with StoreWriter(options.store, wait=options.wait) as store:
         vae, text = read_vae_facts(model), read_text_facts(model)
         dtype = encode_dtype(config, vae, options.device)
-        scanner = Scanner(config, vae.digest, dtype, report, memory=options.store, rehash=options.rehash)
+        scanner = Scanner(config, vae.digest, dtype, text.digests, report, memory=options.store, rehash=options.rehash)
         samples = scanner.scan(sources, store)
         meta = meta_types(samples)
         encoder = SampleEncoder(model, options.device, dtype, config.encode.latents, config.text.chunks)
         with open_runner(encoder) as runner:
             filler = Filler(store, config, report, runner, PreviewKeeper(options.store, vae.digest))
-            keys = filler.encode_captions(samples, text, options.prompts)
+            filler.encode_captions(samples, text, options.prompts)
             usable = filler.encode_pictures(samples, vae)
         report.quarantined.sort()
-        check_quarantine(config, report, usable)
-        split = held_out(config.split, [s.path for s in usable], [_known(s.thumbnail) for s in usable])
-        report.held_out = sum(split)
-        settings = _settings(config, vae, text, dtype, keys, datasets, index, meta, options.prompts)
-        rows = SampleRows(usable, split, keys, meta)
+        check_quarantine(config, report, len(usable))
+        split = held_out(config.split, (sample.path for sample in usable), usable.facts["thumbnail"])
+        report.held_out = int(split.sum())
+        settings = _settings(config, vae, text, dtype, datasets, index, meta, options.prompts)
+        rows = SampleRows(usable, split, meta)
         report.digest = seal_manifest(
             options.store,
             options.manifest,
@@ -100,17 +99,6 @@ def build(
     return report
 
 
-@contextlib.contextmanager
-def _few_full_collections() -> Iterator[None]:
-    """Python looks at all objects again and again for garbage; those of a build live to its end, a million and more."""
-    before = gc.get_threshold()
-    gc.set_threshold(before[0], before[1], 1000)
-    try:
-        yield
-    finally:
-        gc.set_threshold(*before)
-
-
 def encode_dtype(config: BuildConfig, vae: VaeFacts, device: str) -> EncodeDtype:
     """The dtype that the VAE of a build will run in."""
     if config.encode.dtype == "auto" and not vae.force_upcast and device != "cpu":
@@ -120,8 +108,8 @@ def encode_dtype(config: BuildConfig, vae: VaeFacts, device: str) -> EncodeDtype
     return choose_encode_dtype(config.encode.dtype, vae, device.partition(":")[0])
 
 
-def check_quarantine(config: BuildConfig, report: BuildReport, usable: Sequence[Sample]) -> None:
-    """Raise DataError where nothing is usable, or more cannot be used than max_quarantined allows."""
+def check_quarantine(config: BuildConfig, report: BuildReport, usable: int) -> None:
+    """Raise DataError where no sample is usable, or more cannot be used than max_quarantined allows."""
     count = len(report.quarantined)
     if not usable or count > config.max_quarantined * report.seen:
         path, reason = report.quarantined[0]
@@ -137,7 +125,6 @@ def _settings(
     vae: VaeFacts,
     text: TextFacts,
     dtype: EncodeDtype,
-    keys: Mapping[str, bytes],
     datasets: tuple[str, ...],
     index: Mapping[str, Any],
     meta: dict[str, MetaType],
@@ -156,12 +143,12 @@ def _settings(
         text_widths=text.widths,
         pooled_width=text.pooled_width,
         text_chunks=config.text.chunks,
-        null_text_key=keys[""].hex(),
+        null_text_key=_text_key("", config, text),
         zeros_for_empty_prompt=bool(index.get("force_zeros_for_empty_prompt", True)),
         datasets=datasets,
         build=declared,
         meta=meta,
-        prompts={prompt: keys[prompt].hex() for prompt in prompts},
+        prompts={prompt: _text_key(prompt, config, text) for prompt in prompts},
     )
 
 
@@ -170,6 +157,5 @@ def _rules(config: BuildConfig) -> dict[str, Any]:
     return config.model_dump(mode="json", include={"source", "images", "captions"})
 
 
-def _known(thumb: Thumbnail | None) -> Thumbnail:
-    assert thumb is not None  # every usable sample has been decoded, now or earlier
-    return thumb
+def _text_key(prompt: str, config: BuildConfig, text: TextFacts) -> str:
+    return text_key(prompt, config.text.chunks, text.digests).hex()

@@ -5,7 +5,7 @@ others of their size.
 """
 
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
@@ -16,9 +16,9 @@ from cache_builder.encode import Crop
 from cache_builder.keys import image_digest
 from cache_builder.pixels import Picture as DecodedPicture
 from cache_builder.pixels import decode_picture
-from cache_builder.scan import Sample
+from cache_builder.samples import Sample
 from cache_builder.split import Thumbnail
-from cache_builder.todo import Picture
+from cache_builder.todo import Picture, Pictures
 from shared.errors import DataError
 
 T = TypeVar("T")
@@ -34,19 +34,15 @@ class DecodedCrop:
     thumbnail: Thumbnail
 
 
-def crop_batches(
-    pictures: Sequence[Picture], rules: EncodeRules, lost: dict[bytes, str]
-) -> Generator[list[DecodedCrop]]:
-    """All crops of `pictures`, at most rules.batch of one size at once, bucket by bucket.
+def crop_batches(pictures: Pictures, rules: EncodeRules, lost: dict[bytes, str]) -> Generator[list[DecodedCrop]]:
+    """All crops of `pictures`, at most rules.batch of one size at once, in their order: bucket by bucket.
 
     What cannot be decoded is put into `lost` instead: {latent key of each of its crops: why}.
     """
-    todo = sorted(pictures, key=lambda picture: picture.crops[0].plan.target_hw)
-    most_crops = max((len(picture.crops) for picture in todo), default=1)
-    ahead = 2 * rules.batch // most_crops + rules.threads
+    ahead = 2 * rules.batch // pictures.most_crops + rules.threads
     pool = ThreadPoolExecutor(rules.threads, "decode")
     try:
-        decoded = _in_order(pool, _decode, todo, ahead)
+        decoded = _in_order(pool, _decode, pictures, ahead)
         yield from _same_size_batches(_good_crops(decoded, lost), rules.batch)
     finally:
         pool.shutdown(cancel_futures=True)

@@ -13,16 +13,16 @@ from pydantic import ValidationError
 
 from cache_builder.config import BuildConfig
 from cache_builder.datasets import open_sources
-from cache_builder.keys import text_key
+from cache_builder.key_arrays import first_of_each, stored
 from cache_builder.report import BuildReport
-from cache_builder.scan import Sample, Scanner
+from cache_builder.samples import Sample, Samples
+from cache_builder.scan import Scanner
 from shared.errors import ConfigError, ManifestMismatch
 from shared.manifest import Manifest, open_manifest
 from shared.manifest_rows import ManifestRow
 from shared.store import StoreReader
 
 ROWS_AT_ONCE = 4096
-KEYS_AT_ONCE = 4096  # looked up in one transaction
 
 
 @dataclass
@@ -64,13 +64,17 @@ def diff_folder(store: Path, folder: Path, name: str, dataset: str | None) -> Di
         report = BuildReport()
         encode = config.encode
         vae, dtype = manifest.settings.vae_digest, encode.dtype
-        scanner = Scanner(config, vae, dtype, report, memory=store, remember=False)  # type: ignore[arg-type]
+        texts = manifest.settings.text_digests
+        scanner = Scanner(config, vae, dtype, texts, report, memory=store, remember=False)  # type: ignore[arg-type]
         samples = scanner.scan(sources, reader)
         found = Difference(str(store), name, manifest.digest, dataset, duplicate=report.duplicate)
         found.skipped = dict(report.skipped)
         found.unreadable = dict(report.quarantined)
         _compare(samples, manifest, found)
-        _count_missing(samples, manifest, reader, found)
+        found.captions_to_encode, found.pictures_to_encode = (
+            int((~stored(reader, keys[first_of_each(keys)])).sum())
+            for keys in (samples.texts["key"], samples.crops["key"])
+        )
     return found
 
 
@@ -109,16 +113,16 @@ def _rows(manifest: Manifest, dataset: str) -> Iterator[ManifestRow]:
         yield from (row for row in rows if row.dataset == dataset)
 
 
-def _compare(samples: list[Sample], manifest: Manifest, found: Difference) -> None:
-    here = {sample.digest: sample for sample in samples}
+def _compare(samples: Samples, manifest: Manifest, found: Difference) -> None:
+    here = {sample.digest: sample.index for sample in samples}
     paths = {sample.path for sample in samples}
     replaced: set[str] = set()  # paths whose picture is another one now
     known: set[bytes] = set()
     for row in _rows(manifest, found.dataset):
-        sample = here.get(row.image_digest)
-        if sample is not None:
+        index = here.get(row.image_digest)
+        if index is not None:
             known.add(row.image_digest)
-            _compare_sample(sample, row, manifest, found)
+            _compare_sample(samples[index], row, found)
         elif row.path in paths:
             replaced.add(row.path)
         else:
@@ -133,12 +137,11 @@ def _compare(samples: list[Sample], manifest: Manifest, found: Difference) -> No
     found.gone = sorted([*found.gone, *(replaced - found.changed.keys())])
 
 
-def _compare_sample(sample: Sample, row: ManifestRow, manifest: Manifest, found: Difference) -> None:
-    known = manifest.settings
+def _compare_sample(sample: Sample, row: ManifestRow, found: Difference) -> None:
     what = []
     if [crop.latent_key for crop in sample.crops] != [variant.latent_key for variant in row.variants]:
         what.append("crop")  # decided by other rules than a build of today
-    if tuple(text_key(caption, known.text_chunks, known.text_digests) for caption in sample.captions) != row.text_keys:
+    if sample.text_keys != row.text_keys:
         what.append("captions")
     if sample.path != row.path:
         found.moved[sample.path] = row.path
@@ -146,22 +149,3 @@ def _compare_sample(sample: Sample, row: ManifestRow, manifest: Manifest, found:
         found.changed[sample.path] = ", ".join(what)
     elif sample.path == row.path:
         found.same += 1
-
-
-def _count_missing(samples: list[Sample], manifest: Manifest, reader: StoreReader, found: Difference) -> None:
-    known = manifest.settings
-    captions = {caption for sample in samples for caption in sample.captions}
-    texts = sorted({text_key(caption, known.text_chunks, known.text_digests) for caption in captions})
-    found.captions_to_encode = _missing(texts, reader)
-    found.pictures_to_encode = _missing(
-        sorted({crop.latent_key for sample in samples for crop in sample.crops}), reader
-    )
-
-
-def _missing(keys: list[bytes], reader: StoreReader) -> int:
-    count = 0
-    for start in range(0, len(keys), KEYS_AT_ONCE):
-        with reader.snapshot() as snapshot:
-            some = keys[start : start + KEYS_AT_ONCE]
-            count += len(some) - len(snapshot.present(some))
-    return count

@@ -12,29 +12,33 @@ import functools
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import cast
+
+import numpy as np
 
 from cache_builder.build import BuildOptions, check_quarantine, encode_dtype
 from cache_builder.config import BuildConfig
 from cache_builder.dry_run_report import DryRunReport
 from cache_builder.encode import SampleEncoder
-from cache_builder.keys import text_key
+from cache_builder.key_arrays import Indices, parts
 from cache_builder.meta import meta_types
 from cache_builder.rehearsal import decode_pictures, rehearse
 from cache_builder.report import BuildReport
 from cache_builder.runners import device_names
-from cache_builder.scan import Sample, Scanner
+from cache_builder.samples import Samples
+from cache_builder.scan import Scanner
 from cache_builder.sources import Source
-from cache_builder.todo import Todo, account_for, find_todo, require_space, token_counts
+from cache_builder.todo import Todo, account_for, add_prompts, find_todo, require_space
+from cache_builder.truncated import UNKNOWN, Told, count_texts, tell_truncated
 from shared.errors import ConfigError, ExpertsError, StoreIO, StoreLocked
 from shared.file_system import refuse_network
 from shared.lease import holder
 from shared.manifest import check_data_sets, check_shrinking
 from shared.store import Snapshot, Store, StoreReader, free_bytes
 from shared.store_card import refuse_foreign_folder
-from shared.text_encoders import TextFacts, TokenCounter, read_text_facts
+from shared.text_encoders import TokenCounter, read_text_facts
 from shared.vae import read_vae_facts
 from shared.weights import find_weights, read_json_object
 
@@ -87,21 +91,23 @@ def dry_run(
     vae, text = read_vae_facts(model), read_text_facts(model)
     dtype = encode_dtype(config, vae, options.device)
     report = DryRunReport(BuildReport(manifest=options.manifest), free_bytes(_standing(options.store)))
-    samples: list[Sample] = []
+    scanned: list[Samples] = []
     with _opened(options.store) as store:
         with refusals.noted():
-            scanner = Scanner(
-                config, vae.digest, dtype, report.account, memory=options.store, rehash=options.rehash, remember=False
-            )
-            samples = scanner.scan(sources, store)
-            meta_types(samples)
+            scanner = Scanner(config, vae.digest, dtype, text.digests, report.account)
+            scanner = replace(scanner, memory=options.store, rehash=options.rehash, remember=False)
+            scanned.append(scanner.scan(sources, store))
+            meta_types(scanned[0])
         report.scan_s = time.monotonic() - begun_s
-        if not samples:
+        if not scanned:
             return report.refused(refusals.errors)
-        todo = find_todo(store, samples, options.prompts, config, text)
-        _count_captions(report.account, store, samples, todo, options.prompts, _Captions(model, config, text))
+        (samples,) = scanned
+        add_prompts(samples, options.prompts)
+        todo = find_todo(store, samples)
+        report.account.encoded_captions = len(todo.texts)
+        count_texts(report.account, samples, _Captions(model, config, store, samples).tell)
     encoder = SampleEncoder(model, devices[0], dtype, config.encode.latents, config.text.chunks)
-    lost = _look_closer(report, todo, config, encoder, len(devices), how)
+    lost = _look_closer(report, samples, todo, config, encoder, len(devices), how)
     left = todo.without(lost)
     report.bytes_to_write = left.bytes_to_write(config, text, vae)
     with refusals.noted():
@@ -109,7 +115,7 @@ def dry_run(
     usable = _account(report, samples, todo, lost)
     with refusals.noted():
         check_quarantine(config, report.account, usable)
-        check_shrinking(options.store, options.manifest, len(usable), allow_shrink=options.allow_shrink)
+        check_shrinking(options.store, options.manifest, usable, allow_shrink=options.allow_shrink)
     return report.refused(refusals.errors)
 
 
@@ -119,36 +125,30 @@ class _Captions:
 
     model: Path
     config: BuildConfig
-    text: TextFacts
+    store: Store
+    samples: Samples
 
-    def truncated(self, store: Store, captions: Sequence[str]) -> int:
-        keys = {caption: text_key(caption, self.config.text.chunks, self.text.digests) for caption in captions}
-        counts = token_counts(store, captions, keys, self._tokenizer.count)
-        return sum(counts[caption].truncated for caption in captions)
+    def tell(self, texts: Indices) -> Told:
+        """Which of these texts are cut short."""
+        told = tell_truncated(self.store, self.samples.texts["key"][texts], remember=False)
+        for some in parts(np.flatnonzero(told == UNKNOWN)):
+            captions = [self.samples.text(index) for index in texts[some].tolist()]
+            told[some] = [count.truncated for count in self._tokenizer.count(captions)]
+        return told
 
     @functools.cached_property
     def _tokenizer(self) -> TokenCounter:
         return TokenCounter(self.model, self.config.text.chunks)
 
 
-def _count_captions(
-    account: BuildReport,
-    store: Store,
-    samples: Sequence[Sample],
-    todo: Todo,
-    prompts: Sequence[str],
-    captions: _Captions,
-) -> None:
-    different = list(dict.fromkeys(caption for sample in samples for caption in sample.captions))
-    account.captions = sum(len(sample.captions) for sample in samples)
-    account.unique_captions = len(different)
-    account.encoded_captions = len(todo.captions)
-    account.truncated = captions.truncated(store, different)
-    account.prompts, account.truncated_prompts = len(prompts), captions.truncated(store, prompts)
-
-
 def _look_closer(
-    report: DryRunReport, todo: Todo, config: BuildConfig, encoder: SampleEncoder, devices: int, how: DryRunOptions
+    report: DryRunReport,
+    samples: Samples,
+    todo: Todo,
+    config: BuildConfig,
+    encoder: SampleEncoder,
+    devices: int,
+    how: DryRunOptions,
 ) -> dict[bytes, str]:
     """Decode and time what was asked for; returns why what picture, by its facts key, cannot be used."""
     lost: dict[bytes, str] = {}
@@ -157,22 +157,24 @@ def _look_closer(
         lost = decode_pictures(todo.pictures, config.encode.threads)
         report.decoded = len(todo.pictures)
     left = todo.without(lost)
-    if how.timing and (left.captions or left.pictures):
-        report.timing, more = rehearse(left, config, encoder, devices)
+    if how.timing and (len(left.texts) or len(left.pictures)):
+        report.timing, more = rehearse(samples, left, config, encoder, devices)
         lost |= more
     return lost
 
 
-def _account(report: DryRunReport, samples: Sequence[Sample], todo: Todo, lost: Mapping[bytes, str]) -> list[Sample]:
-    """What will become of each sample; returns those that will be usable."""
-    encoded = {crop.latent_key for _, crop in todo.without(lost).crops}
-    reasons = {c.latent_key: lost[s.facts_key] for s, c in todo.crops if s.facts_key in lost}
+def _account(report: DryRunReport, samples: Samples, todo: Todo, lost: Mapping[bytes, str]) -> int:
+    """What will become of each sample; returns how many will be usable."""
+    encoded, reasons = todo.without(lost).pictures.crops, dict[bytes, str]()
+    for crop in np.setdiff1d(todo.pictures.crops, encoded).tolist():
+        why = lost[samples[int(samples.of_crop(crop))].facts_key]
+        reasons[samples.crop(crop).latent_key] = why
     usable = account_for(report.account, samples, encoded, reasons)
     report.account.encoded_crops = len(encoded)
-    report.count_buckets(usable, encoded)
+    report.count_buckets(samples, usable, encoded)
     report.account.quarantined.sort()
     report.account.check()
-    return usable
+    return len(usable)
 
 
 def _check_store_is_free(options: BuildOptions) -> None:

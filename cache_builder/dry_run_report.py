@@ -1,12 +1,16 @@
 """What a dry run tells people and programs; a count is called as the build's report calls it."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import numpy as np
+
+from cache_builder.key_arrays import Indices
 from cache_builder.rehearsal import Timing
 from cache_builder.report import BuildReport
-from cache_builder.scan import Sample
+from cache_builder.samples import Samples
 from cache_builder.store_text import table
 from shared.amounts import duration_text, size_text
 from shared.command import one_line
@@ -45,16 +49,16 @@ class DryRunReport:
         self.refusals = list(errors)
         return self
 
-    def count_buckets(self, samples: Sequence[Sample], encoded: set[bytes]) -> None:
-        """Sort `samples` by their buckets; a crop that is `encoded` counts once, where it is met first."""
-        left = set(encoded)
-        for sample in sorted(samples, key=lambda sample: sample.crops[0].plan.target_hw):
-            bucket = self.buckets.setdefault(sample.crops[0].plan.target_hw, BucketCount())
-            keys = {crop.latent_key for crop in sample.crops}
-            bucket.samples += 1
-            bucket.crops += len(keys)
-            bucket.encoded_crops += len(left & keys)
-            left -= keys
+    def count_buckets(self, samples: Samples, usable: Indices, encoded: Indices) -> None:
+        """Sort the `usable` samples by their buckets; of each bucket count those of the `encoded` crops in it too."""
+        rows, sizes_hw = samples.rows, samples.crops["target_hw"]
+        buckets, members = np.unique(sizes_hw[rows["crops"][usable]], axis=0, return_inverse=True)
+        crops = np.bincount(members.reshape(-1), rows["crop_count"][usable], len(buckets))
+        counts = np.bincount(members.reshape(-1), minlength=len(buckets))
+        of_encoded = Counter(map(tuple, sizes_hw[encoded].tolist()))
+        for bucket, count, crop_count in zip(buckets.tolist(), counts.tolist(), crops.tolist(), strict=True):
+            hw = (bucket[0], bucket[1])
+            self.buckets[hw] = BucketCount(count, int(crop_count), of_encoded[hw])
 
     @property
     def needed_s(self) -> float | None:

@@ -12,23 +12,23 @@ import numpy as np
 from cache_builder.config import BuildConfig
 from cache_builder.decoding import DecodedCrop, crop_batches
 from cache_builder.encode import Captions, Framed, Job, Records
+from cache_builder.key_arrays import Indices, each, parts
 from cache_builder.preview_fit import PreviewKeeper
 from cache_builder.report import BuildReport
 from cache_builder.runners import Runner
-from cache_builder.scan import Sample
+from cache_builder.samples import Sample, Samples
 from cache_builder.split import THUMBNAIL_HWC, Thumbnail
 from cache_builder.todo import (
-    Picture,
+    Pictures,
     account_for,
-    batches,
-    missing_captions,
+    add_prompts,
     missing_pictures,
+    missing_texts,
     picture_bytes,
     require_space,
     text_bytes,
-    text_keys,
 )
-from cache_builder.truncated import count_truncated
+from cache_builder.truncated import count_texts, tell_truncated
 from shared.progress import progress
 from shared.record import encode_record
 from shared.store import StoreWriter, free_bytes
@@ -46,58 +46,51 @@ class Filler:
     runner: Runner
     preview: PreviewKeeper
 
-    def encode_captions(
-        self, samples: Sequence[Sample], text: TextFacts, prompts: Sequence[str] = ()
-    ) -> dict[str, bytes]:
-        """Store the embeds of every caption and prompt that is not stored yet, and of the empty one; all their keys."""
-        keys = text_keys(samples, prompts, self.config, text)
-        captions = {caption for sample in samples for caption in sample.captions}
-        self.report.captions = sum(len(sample.captions) for sample in samples)
-        self.report.unique_captions = len(captions)
-        missing = missing_captions(self.store, keys)
+    def encode_captions(self, samples: Samples, text: TextFacts, prompts: Sequence[str] = ()) -> None:
+        """Store the embeds of every caption and prompt that is not stored yet, and of the empty one."""
+        add_prompts(samples, prompts)
+        missing = missing_texts(self.store, samples)
         self.report.encoded_captions = len(missing)
         self._require_space(text_bytes(len(missing), self.config, text))
-        jobs = ((len(b), Captions(b, [keys[c] for c in b])) for b in batches(missing, self.config.encode.text_batch))
+        batches = parts(missing, self.config.encode.text_batch)
+        jobs = ((len(batch), _captions(samples, batch)) for batch in batches)
         with progress("captions", len(missing), "captions") as advance, closing(self.runner.run(jobs)) as done:
             for count, records in done:
                 self.store.put_many([record for record in records if record is not None])
                 advance(count)
-        self.report.truncated = count_truncated(self.store, [keys[caption] for caption in captions])
-        self.report.prompts = len(prompts)
-        self.report.truncated_prompts = count_truncated(self.store, [keys[prompt] for prompt in prompts])
-        return keys
+        keys = samples.texts["key"]
+        count_texts(self.report, samples, lambda texts: tell_truncated(self.store, keys[texts], remember=True))
 
-    def encode_pictures(self, samples: Sequence[Sample], vae: VaeFacts) -> list[Sample]:
+    def encode_pictures(self, samples: Samples, vae: VaeFacts) -> Samples:
         """Store the latents of every crop that has none yet; returns the samples whose crops are all stored now."""
         pictures = missing_pictures(self.store, samples)
         self._require_space(picture_bytes(pictures, self.config, vae))
         lost = self._encode_missing(pictures)
         self.preview.keep()
-        wanted = {crop.latent_key for picture in pictures for crop in picture.crops}
-        return account_for(self.report, samples, wanted - lost.keys(), lost)
+        usable = account_for(self.report, samples, pictures.crops, lost)
+        return samples if len(usable) == len(samples) else samples.only(usable)
 
-    def _encode_missing(self, pictures: Sequence[Picture]) -> dict[bytes, str]:
+    def _encode_missing(self, pictures: Pictures) -> dict[bytes, str]:
         """Decode, encode and commit side by side, batch by batch; returns why what key could not be made."""
         unreadable: dict[bytes, str] = {}  # filled by the thread that decodes, looked at when it has ended
         broken: dict[bytes, str] = {}
         jobs = self._picture_jobs(pictures, unreadable)
-        total = sum(len(picture.crops) for picture in pictures)
-        with progress("pictures", total, "crops") as advance:
+        with progress("pictures", len(pictures.crops), "crops") as advance:
             with closing(self.runner.run(jobs)) as done:
                 for batch, records in done:
-                    broken |= self._commit(batch, records)
+                    broken |= self._commit(pictures.samples, batch, records)
                     advance(len(batch))
             advance(len(unreadable))
         return unreadable | broken
 
     def _picture_jobs(
-        self, pictures: Sequence[Picture], unreadable: dict[bytes, str]
+        self, pictures: Pictures, unreadable: dict[bytes, str]
     ) -> Iterator[tuple[list[DecodedCrop], Job]]:
         with closing(crop_batches(pictures, self.config.encode, unreadable)) as batches:
             for batch in batches:
                 yield batch, [item.crop for item in batch]
 
-    def _commit(self, batch: Sequence[DecodedCrop], made: Records) -> dict[bytes, str]:
+    def _commit(self, samples: Samples, batch: Sequence[DecodedCrop], made: Records) -> dict[bytes, str]:
         lost: dict[bytes, str] = {}
         records: dict[bytes, bytes] = {}
         for item, latents in zip(batch, made, strict=True):
@@ -107,13 +100,17 @@ class Filler:
             self.preview.add(item.crop.pixels, *latents)
             records |= [latents, _facts_record(item.picture.samples[0], item.thumbnail)]
             for sample in item.picture.samples:
-                sample.thumbnail = item.thumbnail
+                samples.learn(sample.index, item.thumbnail)
             self.report.encoded_crops += 1
         self.store.put_many(list(records.items()))
         return lost
 
     def _require_space(self, needed_bytes: int) -> None:
         require_space(self.store.path, needed_bytes, free_bytes(self.store.path))
+
+
+def _captions(samples: Samples, texts: Indices) -> Captions:
+    return Captions([samples.text(index) for index in texts.tolist()], [*each(samples.texts["key"][texts])])
 
 
 def _facts_record(sample: Sample, thumb: Thumbnail) -> Framed:

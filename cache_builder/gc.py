@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from cache_builder.in_child import require_readable
-from cache_builder.named import Keys, as_keys, facts_keys, is_in, latent_keys, text_keys, union
+from cache_builder.key_arrays import Keys, as_keys, is_in
+from cache_builder.named import facts_keys, latent_keys, text_keys, union
 from shared.errors import ConfigError, StoreBusy
 from shared.manifest_shelf import Sealed, drop_manifest, find_sealed, sealed_manifests
 from shared.progress import progress

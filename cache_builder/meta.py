@@ -3,9 +3,11 @@
 Sample.meta -> meta_types -> ManifestSettings.meta; meta_row gives a sample's values in those types
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
-from cache_builder.scan import Sample
+import numpy as np
+
+from cache_builder.samples import Sample, Samples
 from cache_builder.sources import MetaValue
 from shared.errors import DataError
 from shared.manifest_rows import MetaType
@@ -14,11 +16,12 @@ MOST_COLUMNS = 256
 _TYPES: dict[type, MetaType] = {bool: "bool", int: "int", float: "float", str: "string", tuple: "strings"}
 
 
-def meta_types(samples: Sequence[Sample]) -> dict[str, MetaType]:
+def meta_types(samples: Samples) -> dict[str, MetaType]:
     """The type of each column; whole and other numbers together are float. Raises DataError where two types clash."""
     types: dict[str, MetaType] = {}
     first: dict[str, Sample] = {}
-    for sample in samples:
+    for index in np.flatnonzero(samples.rows["has_meta"]).tolist():
+        sample = samples[index]
         for name, value in sample.meta.items():
             kind = _TYPES[type(value)]
             if types.setdefault(name, kind) != kind:

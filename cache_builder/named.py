@@ -4,19 +4,15 @@ verify (is it all there), gc (what may go) and stats (what belongs to what) stan
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
 
 import numpy as np
 
+from cache_builder.key_arrays import KEY_DTYPE, Keys, as_keys, each
 from cache_builder.keys import facts_key, text_facts_key
 from shared.errors import ManifestMismatch
 from shared.manifest import Manifest
 from shared.parts import Mask
 from shared.pictures import PixelRules
-from shared.record import KEY_BYTES
-
-# S16: numpy sorts it as LMDB does, byte by byte; of a key that ends in zeros it gives a shorter `bytes` (see `each`).
-Keys = np.ndarray[Any, np.dtype[np.bytes_]]
 
 
 def latent_keys(manifest: Manifest, rows: Mask | None = None) -> Keys:
@@ -58,25 +54,7 @@ def picture_facts_keys(manifest: Manifest, digests: Sequence[bytes]) -> Iterator
 
 def union(keys: Iterable[Keys]) -> Keys:
     """All of them, sorted, once each."""
-    return _sorted(np.concatenate([np.zeros(0, f"S{KEY_BYTES}"), *keys]))
-
-
-def is_in(keys: Keys, known: Keys) -> np.ndarray[Any, np.dtype[np.bool_]]:
-    """For each of `keys`, whether it is among `known`, which is sorted."""
-    if not len(known):
-        return np.zeros(len(keys), bool)
-    places = np.minimum(np.searchsorted(known, keys), len(known) - 1)
-    return np.asarray(known[places] == keys)
-
-
-def as_keys(keys: list[bytes]) -> Keys:
-    """Keys of 16 bytes as an array."""
-    return np.frombuffer(b"".join(keys), f"S{KEY_BYTES}") if keys else np.zeros(0, f"S{KEY_BYTES}")
-
-
-def each(keys: Keys) -> Iterator[bytes]:
-    """The keys as `bytes`, each of 16."""
-    return (key.ljust(KEY_BYTES, b"\0") for key in keys.tolist())
+    return _sorted(np.concatenate([np.zeros(0, KEY_DTYPE), *keys]))
 
 
 def _sorted(keys: Keys) -> Keys:

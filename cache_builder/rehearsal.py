@@ -5,16 +5,18 @@ todo.py -> decode_pictures -> what cannot be decoded
 """
 
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+import numpy as np
+
 from cache_builder.config import BuildConfig
 from cache_builder.decoding import decode_sample
 from cache_builder.encode import Crop, SampleEncoder
-from cache_builder.scan import PlannedCrop, Sample
-from cache_builder.todo import Picture, Todo, batches
+from cache_builder.key_arrays import Indices
+from cache_builder.samples import Samples
+from cache_builder.todo import Picture, Pictures, Todo, batches
 from shared.errors import DataError
 from shared.progress import progress
 
@@ -34,53 +36,60 @@ class Timing:
     needed_s: float  # for everything that is missing: loading, captions, and crops while others are decoded
 
 
-def decode_pictures(pictures: Sequence[Picture], threads: int) -> dict[bytes, str]:
+def decode_pictures(pictures: Pictures, threads: int) -> dict[bytes, str]:
     """Decode each of them; returns why what picture, by its facts key, cannot be."""
     lost: dict[bytes, str] = {}
     with ThreadPoolExecutor(threads) as pool, progress("pictures", len(pictures), "decoded") as advance:
         for part in batches(pictures, 16 * threads):
             reasons = pool.map(_reason, part)
-            lost |= {picture.facts_key: why for picture, why in zip(part, reasons, strict=True) if why is not None}
+            lost |= {one.samples[0].facts_key: why for one, why in zip(part, reasons, strict=True) if why is not None}
             advance(len(part))
     return lost
 
 
-def rehearse(todo: Todo, config: BuildConfig, encoder: SampleEncoder, devices: int) -> tuple[Timing, dict[bytes, str]]:
+def rehearse(
+    samples: Samples, todo: Todo, config: BuildConfig, encoder: SampleEncoder, devices: int
+) -> tuple[Timing, dict[bytes, str]]:
     """Time a sample of `todo`, of which as many `devices` will share the work; also what could not be decoded, and why.
 
     The second is by facts keys.
     """
-    texts = todo.captions[: config.encode.text_batch]
+    texts = [samples.text(index) for index in todo.texts[: config.encode.text_batch].tolist()]
     load_s = caption_s = crop_s = 0.0
     count = 0
     if texts:
         keys = [bytes(16)] * len(texts)
         load_s += _timed(lambda: encoder.encode_captions(texts[:1], keys[:1]))
         caption_s = _timed(lambda: encoder.encode_captions(texts, keys)) / len(texts)
-    crops, decode_s, lost = _decode_some(_most_frequent(todo), config.encode.batch)
+    missing = todo.pictures.crops
+    sizes, members = np.unique(samples.crops["target_hw"][missing], axis=0, return_inverse=True)
+    counts = np.bincount(members.reshape(-1), minlength=len(sizes))
+    crops, decode_s, lost = _decode_some(samples, _most_frequent(missing, members, counts), config.encode.batch)
     if crops:
         load_s += _timed(lambda: encoder.encode_crops(crops[:1]))
         count, crop_s = _time_crops(crops, encoder)
-    needed_s = load_s + caption_s * len(todo.captions) / devices
+    needed_s = load_s + caption_s * len(todo.texts) / devices
     if crops:
-        area = sum(c.plan.target_hw[0] * c.plan.target_hw[1] for _, c in todo.crops) / crops[0].pixels[..., 0].size
-        needed_s += max(crop_s * area / devices, decode_s * len(todo.crops) / config.encode.threads)
+        area = int((counts * sizes.astype(np.int64).prod(axis=1)).sum()) / crops[0].pixels[..., 0].size
+        needed_s += max(crop_s * area / devices, decode_s * len(missing) / config.encode.threads)
     return Timing(count, crop_s, decode_s, len(texts), caption_s, load_s, needed_s), lost
 
 
-def _most_frequent(todo: Todo) -> list[tuple[Sample, PlannedCrop]]:
-    """The crops of the size that is encoded most."""
-    sizes = Counter(planned.plan.target_hw for _, planned in todo.crops)
-    common = max(sizes, key=lambda size: (sizes[size], size), default=None)
-    return [item for item in todo.crops if item[1].plan.target_hw == common]
+def _most_frequent(crops: Indices, members: Indices, counts: Indices) -> Indices:
+    """Those of `crops` that are of the size that most of them have; the largest of several such."""
+    if not len(crops):
+        return crops
+    common = len(counts) - 1 - int(np.argmax(counts[::-1]))
+    return np.asarray(crops[members.reshape(-1) == common])
 
 
-def _decode_some(items: Sequence[tuple[Sample, PlannedCrop]], count: int) -> tuple[list[Crop], float, dict[bytes, str]]:
-    """At most `count` crops, spread over `items`, and what one took, seconds."""
+def _decode_some(samples: Samples, crops: Indices, count: int) -> tuple[list[Crop], float, dict[bytes, str]]:
+    """At most `count` of `crops`, spread over them, and what one took, seconds."""
     lost: dict[bytes, str] = {}
     found: list[Crop] = []
     begun_s = time.monotonic()
-    for sample, planned in items[:: max(1, len(items) // count)][:count]:
+    for index in crops[:: max(1, len(crops) // count)][:count].tolist():
+        sample, planned = samples[int(samples.of_crop(index))], samples.crop(index)
         try:
             found.append(Crop(planned.latent_key, decode_sample(sample).crop(planned.plan, sample.rules)))
         except DataError as error:

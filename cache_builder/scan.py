@@ -3,20 +3,25 @@
 source.scan() -> look.py: digest, size -> bucket -> crop plans -> latent keys; captions -> texts -> text keys
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from cache_builder.advice import caption_place, nothing_found
-from cache_builder.buckets import CropPlan, Size, enlargement, make_buckets, nearest_bucket, own_bucket, plan_crop
+from cache_builder.buckets import CropPlan, Size, make_buckets, nearest_bucket, own_bucket, plan_crop
 from cache_builder.config import BuildConfig, ImageRules
-from cache_builder.keys import KeyOf, crop_draw, latent_keys_of, subset_rank
+from cache_builder.key_arrays import Indices, as_keys
+from cache_builder.keys import KeyOf, crop_draw, latent_keys_of, subset_rank, text_keys_for
 from cache_builder.look import Looker, Seen, look_at
 from cache_builder.report import BuildReport
+from cache_builder.sample_rows import DataSet, packed
+from cache_builder.samples import MOST_PLANS, Samples
 from cache_builder.scan_cache import ScanCache, cache_path
 from cache_builder.skip import reason_to_skip
-from cache_builder.sources import Found, MetaValue, Remembering, Skipped, Source
-from cache_builder.split import Thumbnail
+from cache_builder.sources import Found, Remembering, Skipped, Source
 from cache_builder.texts import filter_captions, says_a_side, write_texts
 from shared.errors import DataError
 from shared.pictures import PictureError, PixelLimits, PixelRules
@@ -25,43 +30,16 @@ from shared.store import Store
 from shared.vae import EncodeDtype
 
 SCANNED_AT_ONCE = 64  # pictures between two signs of life
-MOST_PLANS = 4096  # whose keys are half made once for all pictures that are cut alike
-
-
-@dataclass(slots=True)
-class PlannedCrop:
-    """One crop of a picture and the key of its latents."""
-
-    plan: CropPlan
-    latent_key: bytes
-
-
-@dataclass(slots=True)
-class Sample:
-    """A picture of one data set with all that its row in the manifest needs."""
-
-    dataset: str
-    path: str
-    digest: bytes
-    read: Callable[[], bytes]
-    captions: tuple[str, ...]
-    original_hw: tuple[int, int]
-    crops: tuple[PlannedCrop, ...]
-    facts_key: bytes
-    rules: PixelRules
-    limits: PixelLimits
-    meta: Mapping[str, MetaValue]
-    thumbnail: Thumbnail | None = None
-    """None until the picture has been decoded, in this build or an earlier one."""
 
 
 @dataclass
 class Scanner:
-    """Turns sources into samples; the rules of a build and the identity of its VAE make the keys."""
+    """Turns sources into samples; the rules of a build and the identity of its model make the keys."""
 
     config: BuildConfig
     vae_digest: str
     encode_dtype: EncodeDtype
+    text_digests: Mapping[str, str]
     report: BuildReport
     without_caption: list[str] = field(default_factory=list)
     caption_places: dict[str, None] = field(default_factory=dict)
@@ -78,28 +56,33 @@ class Scanner:
         self.limits = PixelLimits(images.max_pixels, images.max_bytes)
         self.buckets = _buckets(images)
         self._nearest: dict[Size, Size] = {}
-        self._sizes: dict[Size, Size] = {}  # each kept once for all pictures of it
         self._plans_of_size: dict[Size, list[CropPlan]] = {}
-        self._keys_of: dict[CropPlan, KeyOf] = {}
+        self._cuts: dict[CropPlan, tuple[KeyOf, bytes]] = {}
 
-    def scan(self, sources: Sequence[Source], store: Store) -> list[Sample]:
+    def scan(self, sources: Sequence[Source], store: Store) -> Samples:
         """All samples of `sources`, in order; raises DataError where there is nothing to train on."""
-        samples: list[Sample] = []
+        text_key = text_keys_for(self.config.text.chunks, self.text_digests)
+        samples = Samples(text_key, self.memory if self.remember else None)
+        kept: list[Indices] = []
         nothing: list[str] = []
         for source in sources:
             own = replace(self, config=self.config.for_dataset(source.dataset_id), report=BuildReport())
-            found = own._scan_source(source, store)
+            kept.append(own._scan_source(source, store, samples))
             self.report.add_scan(own.report)
-            samples += found
-            nothing += [] if found else [nothing_found(source, own.config.source, own.report)]
+            nothing += [] if len(kept[-1]) else [nothing_found(source, own.config.source, own.report)]
         self._require_captions()
         if nothing:
             raise DataError(nothing[0])
-        return samples
+        count = sum(map(len, kept))
+        return samples if count == len(samples) else samples.only(np.concatenate(kept))
 
-    def _scan_source(self, source: Source, store: Store) -> list[Sample]:
-        known: dict[bytes, Sample] = {}
-        cache = ScanCache(self.memory and cache_path(self.memory, source.dataset_id), rehash=self.rehash)
+    def _scan_source(self, source: Source, store: Store, samples: Samples) -> Indices:
+        """Add the pictures of one source; which of `samples` are its samples."""
+        first = len(samples)
+        samples.datasets.append(DataSet(source.dataset_id, self.pixel_rules, self.limits))
+        cache = ScanCache(
+            self.memory and cache_path(self.memory, source.dataset_id), rehash=self.rehash, remember=self.remember
+        )
         if isinstance(source, Remembering):
             source.cache = cache
         looker = Looker(self.pixel_rules, self.limits, store, cache)
@@ -107,18 +90,13 @@ class Scanner:
             looks = look_at(looker, self._wanted(source), self.config.encode.threads)
             for number, ((item, captions), look) in enumerate(looks, 1):
                 try:
-                    self._add(known, source.dataset_id, item, captions, look())
+                    self._add(samples, item, captions, look())
                 except DataError as error:
                     self.report.quarantined.append((item.path, str(error)))
                 if not number % SCANNED_AT_ONCE:
                     advance(SCANNED_AT_ONCE)
-        if self.remember:
-            cache.save()
-        samples = self._some(known)
-        for sample in samples:
-            self._mirror(sample)
-            self._note_enlargement(enlargement(sample.original_hw, sample.crops[0].plan.target_hw))
-        return samples
+        cache.save()
+        return self._settle(samples, first)
 
     def _wanted(self, source: Source) -> Iterator[tuple[Found, tuple[str, ...]]]:
         """The pictures that are to be read, with their captions; the others are counted."""
@@ -142,58 +120,50 @@ class Scanner:
         self.report.skipped["no caption" if not item.captions else "empty caption"] += 1
         return None
 
-    def _add(
-        self, known: dict[bytes, Sample], dataset: str, item: Found, captions: tuple[str, ...], seen: Seen
-    ) -> None:
+    def _add(self, samples: Samples, item: Found, captions: tuple[str, ...], seen: Seen) -> None:
         digest, size_hw = seen.digest, seen.size_hw
         texts = write_texts(captions, self.config.captions, self.config.seed, digest)
-        if digest in known:  # the same bytes under another name: one sample with the captions of both
-            known[digest].captions = tuple(dict.fromkeys([*known[digest].captions, *texts]))
-            known[digest].meta = {**item.meta, **known[digest].meta}
-            self.report.duplicate += 1
-            return
         bucket_hw = self._bucket(size_hw)
         if reason := self._reason_to_skip(size_hw, bucket_hw):
             self.report.skipped[reason] += 1
             return
-        known[digest] = Sample(
-            dataset=dataset,
-            path=item.path,
-            digest=digest,
-            read=item.read,
-            captions=texts,
-            original_hw=self._sizes.setdefault(size_hw, size_hw),
-            crops=tuple(self._planned(digest, plan) for plan in self._plans(digest, size_hw, bucket_hw)),
-            facts_key=seen.facts_key,
-            rules=self.pixel_rules,
-            limits=self.limits,
-            meta=item.meta,
-            thumbnail=seen.thumbnail,
-        )
+        flip = self.config.images.flip
+        is_sided = flip != "off" and any(says_a_side(text) for text in texts)
+        plans = self._plans(digest, size_hw, bucket_hw)
+        if flip == "force" or (flip == "on" and not is_sided):  # or a caption would lie of them
+            plans = [*plans, *(replace(plan, flip=True) for plan in plans)]
+        crops = [self._packed(digest, plan) for plan in plans]
+        samples.add(item, digest, seen.facts_key, size_hw, seen.thumbnail, texts, crops, is_sided=is_sided)
 
-    def _some(self, known: dict[bytes, Sample]) -> list[Sample]:
+    def _settle(self, samples: Samples, first: int) -> Indices:
+        """Which of the samples from `first` on stay: one for equal pictures, with the captions of all of them."""
+        is_first = np.ones(len(samples) - first, bool)
+        for one, *others in _equal(samples.rows["digest"][first:]):
+            self._merge(samples, first + one, [first + other for other in others])
+            is_first[others] = False
+        self.report.duplicate += int((~is_first).sum())
+        kept = self._some(samples, first + np.flatnonzero(is_first))
+        self.report.sided += int(samples.rows["is_sided"][kept].sum())
+        grown = enlargements(samples, kept)
+        self.report.enlarged += int((grown > 1).sum())
+        self.report.most_enlarged = max(self.report.most_enlarged, float(grown.max(initial=1)))
+        return kept
+
+    def _merge(self, samples: Samples, one: int, others: Sequence[int]) -> None:
+        before = samples.rows[one].copy()
+        samples.merge(one, others)
+        if self.config.images.flip == "on" and samples.rows["is_sided"][one] and not before["is_sided"]:
+            samples.keep_crops(one, int(before["crop_count"]) // 2)  # without the mirrored ones
+
+    def _some(self, samples: Samples, kept: Indices) -> Indices:
         """At most max_samples of one data set, in their order; always the same ones of the same pictures."""
         most = self.config.images.skip.max_samples
-        if most is None or len(known) <= most:
-            return list(known.values())
-        chosen = set(sorted(known, key=lambda digest: subset_rank(self.config.seed, digest))[:most])
-        self.report.skipped[f"beyond images.skip.max_samples = {most}"] += len(known) - most
-        return [sample for digest, sample in known.items() if digest in chosen]
-
-    def _mirror(self, sample: Sample) -> None:
-        """Add the mirrored crops, unless a caption would lie of them: all captions are known by now."""
-        flip = self.config.images.flip
-        if flip == "off":
-            return
-        if any(says_a_side(caption) for caption in sample.captions):
-            self.report.sided += 1
-            if flip == "on":
-                return
-        sample.crops += tuple(self._planned(sample.digest, replace(crop.plan, flip=True)) for crop in sample.crops)
-
-    def _note_enlargement(self, factor: float) -> None:
-        self.report.enlarged += factor > 1
-        self.report.most_enlarged = max(self.report.most_enlarged, factor)
+        if most is None or len(kept) <= most:
+            return kept
+        digests = samples.rows["digest"]
+        ranks = as_keys(subset_rank(self.config.seed, digests[index].tobytes()) for index in kept)
+        self.report.skipped[f"beyond images.skip.max_samples = {most}"] += len(kept) - most
+        return kept[np.sort(np.argsort(ranks)[:most])]
 
     def _bucket(self, size_hw: Size) -> Size:
         if self.config.images.crop == "off":
@@ -235,13 +205,15 @@ class Scanner:
         ]
         return list(dict.fromkeys(plans))
 
-    def _planned(self, digest: bytes, plan: CropPlan) -> PlannedCrop:
-        if (keys := self._keys_of.get(plan)) is None:
+    def _packed(self, digest: bytes, plan: CropPlan) -> bytes:
+        """A crop as its row among the crops of the samples."""
+        if (cut := self._cuts.get(plan)) is None:
             rules, latents = self.pixel_rules, self.config.encode.latents
-            keys = latent_keys_of(plan, rules, self.vae_digest, self.encode_dtype, latents)
-            if len(self._keys_of) < MOST_PLANS:  # random crops have plans of their own
-                self._keys_of[plan] = keys
-        return PlannedCrop(plan, keys(digest))
+            cut = latent_keys_of(plan, rules, self.vae_digest, self.encode_dtype, latents), packed(plan)
+            if len(self._cuts) < MOST_PLANS:  # random crops have plans of their own
+                self._cuts[plan] = cut
+        key, numbers = cut
+        return key(digest) + numbers
 
     def _require_captions(self) -> None:
         if self.without_caption:
@@ -258,3 +230,21 @@ def _buckets(images: ImageRules) -> tuple[Size, ...]:
         return ()
     max_aspect = 1.0 if images.crop == "square" else images.max_aspect
     return images.buckets or make_buckets(images.resolution, images.step, max_aspect, images.resolution_type)
+
+
+def enlargements(samples: Samples, kept: Indices) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """By what factor each picture grows to cover its bucket, as buckets.py: enlargement says of one."""
+    target_hw = samples.crops["target_hw"][samples.rows["crops"][kept]]
+    factors: np.ndarray[Any, np.dtype[np.float64]] = (target_hw / samples.rows["original_hw"][kept]).max(axis=1)
+    return factors
+
+
+def _equal(digests: np.ndarray[Any, np.dtype[np.uint64]]) -> list[list[int]]:
+    """The groups of equal ones among digests [N, 4], by their indices; found by their first words, told by all."""
+    order = np.argsort(digests[:, 0])
+    heads = digests[order, 0]
+    is_alike = heads[1:] == heads[:-1]
+    groups: dict[bytes, list[int]] = {}
+    for index in np.union1d(order[1:][is_alike], order[:-1][is_alike]).tolist():
+        groups.setdefault(digests[index].tobytes(), []).append(index)
+    return [group for group in groups.values() if len(group) > 1]

@@ -1,48 +1,50 @@
 """What earlier scans read, so that a file that has not changed since is not opened again.
 
     STORE/scans/<blake2b-128 of the data set's id>.scan
-        "SXSC", u16 version, u16 0 | a table of pictures | a table of captions | xxh3-128 of all that
-        table: u64 n | u64 ends of the names [n] | u64 ends of the values [n] | names | values
+        "SXSC", u16 version, u16 0 | u64 bytes | pictures | u64 bytes | captions | xxh3-128 of all that
+        pictures, captions: u32 n | u32 m | name [n] | value [m], one behind the other
 
 look.py asks: path and os.lstat -> digest and facts of a picture; sources ask: -> bytes of a caption. A name holds all
 that tells a file from what it was: its size, mtime, ctime, inode and path. An edit that keeps size and mtime moves the
 ctime, another file under the name has another inode.
 
 Entries stand in the order in which the scan met them, so that the next scan finds each one behind the last. The file is
-mapped: what it knows takes no memory of the process's own.
+mapped, and what the next scan will read is written to an unnamed one as it is met: no entry takes memory.
 
 Disposable: damaged, absent or of another version, everything is read again, and what a build makes is the same.
 """
 
 import contextlib
+import functools
 import hashlib
-import itertools
 import mmap
 import os
 import struct
 import threading
 import time
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import xxhash
 
 from shared.atomic import write_atomically
+from shared.scratch import Column
 
 Kind = Literal["picture", "caption"]
 State = tuple[int, int, int, int]  # size, mtime_ns, ctime_ns, inode
 
 FOLDER = "scans"
-MAGIC, VERSION = b"SXSC", 2
+MAGIC, VERSION = b"SXSC", 3
 SETTLED_NS = 2_000_000_000  # a file written again within the clock's grain looks unchanged
 MAX_VALUE_BYTES = 4096  # longer captions are read each time
-MAX_VALUES_BYTES = 1 << 30  # and so are files of data sets beyond this
+MAX_VALUES_BYTES = 1 << 34  # and so are files of data sets beyond this
 _KINDS: tuple[Kind, ...] = ("picture", "caption")
 _HEAD = struct.Struct("<4sHH")
-_COUNT = struct.Struct("<Q")
+_SIZE = struct.Struct("<Q")
+_LENGTHS = struct.Struct("<II")
 _STATE = struct.Struct("<qqqQ")
 _CHECKSUM_BYTES = 16
 
@@ -50,9 +52,11 @@ _CHECKSUM_BYTES = 16
 class ScanCache:
     """What is known of the files of one data set; knows nothing where `path` is None or `rehash` is asked for."""
 
-    def __init__(self, path: Path | None = None, *, rehash: bool = False) -> None:
-        self._path = path
-        self._tables = _nothing() if path is None or rehash else _read(path)
+    def __init__(self, path: Path | None = None, *, rehash: bool = False, remember: bool = True) -> None:
+        """Whoever only looks does not `remember`."""
+        self._path, self._remember = path, remember and path is not None
+        folder = path.parent.parent if path is not None else None
+        self._tables = _tables({} if path is None or rehash else _read(path), folder)
         self._values_bytes = 0
 
     def get(self, kind: Kind, path: str, state: State) -> bytes | None:
@@ -71,95 +75,118 @@ class ScanCache:
     def learn(self, kind: Kind, path: str, state: State, value: bytes) -> None:
         """Remember `value` of a file whose state is known, in place of what was known of it."""
         is_small = len(value) <= MAX_VALUE_BYTES and self._values_bytes + len(value) <= MAX_VALUES_BYTES
-        if self._path is not None and is_small:
+        if self._remember and is_small:
             self._values_bytes += len(value)
             self._tables[kind].put(_STATE.pack(*state) + path.encode(), value)
 
     def save(self) -> None:
         """Write what this scan met, whole or not at all, and forget it; files that are gone are forgotten for good."""
-        tables, self._tables = self._tables, _nothing()
-        if self._path is None or all(table.is_as_it_was() for table in tables.values()):
+        tables, self._tables = self._tables, _tables({}, None)
+        if not self._remember or all(table.is_as_it_was() for table in tables.values()):
             return
-        head = _HEAD.pack(MAGIC, VERSION, 0)
-        parts = itertools.chain([head], *(tables[kind].parts() for kind in _KINDS))
         with contextlib.suppress(OSError):  # where it cannot be written, the next scan takes longer, nothing else
+            assert self._path is not None
             self._path.parent.mkdir(exist_ok=True)
-            write_atomically(self._path, _with_checksum(parts))
+            write_atomically(self._path, _with_checksum(_parts(tables)))
 
 
 class _Table:
-    """Names and values: `count` of them from `at` in `data`, and those that are new."""
+    """Entries that earlier scans met, and those that this one meets: the same ones, up to a place, and then others."""
 
-    def __init__(self, data: Any = b"", count: int = 0, at: int = 0) -> None:
-        self._data, self._count = data, count
-        view = memoryview(data)[at : at + 16 * count].cast("Q")
-        self._name_ends, self._value_ends = view[:count], view[count:]
-        self._names_at = at + 16 * count
-        self._values_at = self._names_at + (self._name_ends[-1] if count else 0)
-        self.end = self._values_at + (self._value_ends[-1] if count else 0)
-        self._next = 0
-        self._met = array("q")  # in order: which of `data`, or ~which of the new ones
-        self._new: dict[bytes, bytes] = {}
-        self._putting = threading.Lock()
+    def __init__(self, known: memoryview, folder: Path | None) -> None:
+        self._known, self._folder = known, folder
+        self._next = 0  # where the entry behind the last one begins
+        self._same = 0  # up to where this scan has met what stands in `known`, in its order
+        self._others: Column | None = None  # what it has met from there on
+        self._last: _Entry | None = None  # met, and not yet counted: its value may be replaced
+        self._meeting = threading.Lock()
 
     def get(self, name: bytes) -> bytes | None:
         """The value of `name`, which nearly always comes behind the one that was asked for last."""
-        at = self._next
-        if at >= self._count or self._name(at) != name:
-            if name in self._new:
-                return self._new[name]
-            if (at := self._search(name)) < 0:
+        with self._meeting:
+            entry = self._entry(self._next)
+            if entry is not None and entry.name != name:
+                entry = self._entry(entry.end)  # one may be gone
+            if entry is None or entry.name != name:
+                entry = self._search(name)
+            if entry is None:
                 return None
-        self._next = at + 1
-        self._met.append(at)
-        return self._value(at)
+            self._count_last()
+            self._last, self._next = entry, entry.end
+            return bytes(self._known[entry.value_at : entry.end])
 
     def has(self, name: bytes) -> bool:
-        """Whether there is a value."""
-        return name in self._new or self._search(name) >= 0
+        """Whether earlier scans wrote a value."""
+        with self._meeting:
+            return self._search(name) is not None
 
     def put(self, name: bytes, value: bytes) -> None:
-        """Keep a value, in place of an older one; from any thread."""
-        with self._putting:
-            if name not in self._new:
-                self._met.append(~len(self._new))
-            self._new[name] = value
+        """Keep a value, in place of the one that was met last if it is of this name; from any thread."""
+        with self._meeting:
+            if self._last is not None and self._last.name == name:
+                self._last = None
+            self._count_last()
+            self._add(_LENGTHS.pack(len(name), len(value)) + name + value)
 
     def is_as_it_was(self) -> bool:
-        """Whether this scan met what `data` holds, in its order, and nothing else."""
-        return not self._new and self._met == array("q", range(self._count))
+        """Whether this scan met what is known, in its order, and nothing else."""
+        self._count_last()
+        return self._others is None and self._same == len(self._known)
 
-    def parts(self) -> Iterator[bytes]:
+    def met(self) -> list[memoryview]:
         """What the next scan will read."""
-        new = list(self._new.items())
-        kept = [at for at in dict.fromkeys(self._met) if at < 0 or not self._new or self._name(at) not in self._new]
-        yield _COUNT.pack(len(kept))
-        for of_known, which in ((self._name, 0), (self._value, 1)):
-            lengths = (len(of_known(at) if at >= 0 else new[~at][which]) for at in kept)
-            yield np.cumsum(np.fromiter(lengths, "<u8", len(kept)), dtype="<u8").tobytes()
-        for of_known, which in ((self._name, 0), (self._value, 1)):
-            yield from (of_known(at) if at >= 0 else new[~at][which] for at in kept)
+        self._count_last()
+        return [self._known[: self._same], memoryview(b"") if self._others is None else self._others.view]
 
-    def _name(self, at: int) -> bytes:
-        start = self._names_at + (self._name_ends[at - 1] if at else 0)
-        return bytes(self._data[start : self._names_at + self._name_ends[at]])
+    def _count_last(self) -> None:
+        if (entry := self._last) is None:
+            return
+        self._last = None
+        if self._others is None and entry.at == self._same:
+            self._same = entry.end
+        else:
+            self._add(self._known[entry.at : entry.end])
 
-    def _value(self, at: int) -> bytes:
-        start = self._values_at + (self._value_ends[at - 1] if at else 0)
-        return bytes(self._data[start : self._values_at + self._value_ends[at]])
+    def _add(self, entry: bytes | memoryview) -> None:
+        if self._others is None:
+            self._others = Column("u1", self._folder)
+        self._others.append(entry)
 
-    def _search(self, name: bytes) -> int:
-        """Which one `name` is, wherever it stands; -1 where it is none."""
-        if not self._count:
-            return -1
-        if not hasattr(self, "_hashes"):
-            hashes = (xxhash.xxh3_64_intdigest(self._name(at)) for at in range(self._count))
-            found = np.fromiter(hashes, np.uint64, self._count)
-            self._order = np.argsort(found, kind="stable")
-            self._hashes = found[self._order]
+    def _entry(self, at: int) -> "_Entry | None":
+        if at >= len(self._known):
+            return None
+        name_length, value_length = _LENGTHS.unpack_from(self._known, at)
+        name_at = at + _LENGTHS.size
+        value_at = name_at + name_length
+        return _Entry(at, bytes(self._known[name_at:value_at]), value_at, value_at + value_length)
+
+    def _search(self, name: bytes) -> "_Entry | None":
+        """The entry of `name`, wherever it stands."""
+        hashes, places = self._index
         wanted = np.uint64(xxhash.xxh3_64_intdigest(name))
-        first, last = np.searchsorted(self._hashes, wanted), np.searchsorted(self._hashes, wanted, side="right")
-        return next((at for at in self._order[first:last].tolist() if self._name(at) == name), -1)
+        first, last = np.searchsorted(hashes, wanted), np.searchsorted(hashes, wanted, side="right")
+        entries = (self._entry(at) for at in places[first:last].tolist())
+        return next((entry for entry in entries if entry is not None and entry.name == name), None)
+
+    @functools.cached_property
+    def _index(self) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+        """Hashes of all names, sorted, and where their entries begin."""
+        hashes, places, at = array("Q"), array("Q"), 0
+        while (entry := self._entry(at)) is not None:
+            hashes.append(xxhash.xxh3_64_intdigest(entry.name))
+            places.append(at)
+            at = entry.end
+        order = np.argsort(np.array(hashes, np.uint64), kind="stable")
+        return np.array(hashes, np.uint64)[order], np.array(places, np.uint64)[order]
+
+
+class _Entry(NamedTuple):
+    """Where something known stands."""
+
+    at: int
+    name: bytes
+    value_at: int
+    end: int
 
 
 def cache_path(store: Path, dataset_id: str) -> Path:
@@ -190,33 +217,42 @@ def read_remembered(
     return value
 
 
-def _nothing() -> dict[Kind, _Table]:
-    return {kind: _Table() for kind in _KINDS}
+def _tables(known: Mapping[Kind, memoryview], folder: Path | None) -> "dict[Kind, _Table]":
+    return {kind: _Table(known.get(kind, memoryview(b"")), folder) for kind in _KINDS}
 
 
-def _read(path: Path) -> dict[Kind, _Table]:
+def _parts(tables: "Mapping[Kind, _Table]") -> Iterator[bytes | memoryview]:
+    yield _HEAD.pack(MAGIC, VERSION, 0)
+    for kind in _KINDS:
+        met = tables[kind].met()
+        yield _SIZE.pack(sum(map(len, met)))
+        yield from met
+
+
+def _read(path: Path) -> dict[Kind, memoryview]:
+    """The tables in a file; none where it is absent, damaged or of another version."""
     try:
         with path.open("rb") as file:
-            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
         magic, version, _ = _HEAD.unpack_from(data)
         if (magic, version) != (MAGIC, VERSION) or not _is_whole(data):
-            return _nothing()
+            return {}
     except (OSError, ValueError, struct.error):
-        return _nothing()
+        return {}
     tables, at = {}, _HEAD.size
     for kind in _KINDS:
-        (count,) = _COUNT.unpack_from(data, at)
-        tables[kind] = _Table(data, count, at + _COUNT.size)
-        at = tables[kind].end
+        (size,) = _SIZE.unpack_from(data, at)
+        at += _SIZE.size
+        tables[kind] = data[at : at + size]
+        at += size
     return tables
 
 
-def _is_whole(data: mmap.mmap) -> bool:
-    with memoryview(data) as view:
-        return xxhash.xxh3_128_digest(view[:-_CHECKSUM_BYTES]) == view[-_CHECKSUM_BYTES:]
+def _is_whole(data: memoryview) -> bool:
+    return xxhash.xxh3_128_digest(data[:-_CHECKSUM_BYTES]) == data[-_CHECKSUM_BYTES:]
 
 
-def _with_checksum(parts: Iterator[bytes]) -> Iterator[bytes]:
+def _with_checksum(parts: Iterator[bytes | memoryview]) -> Iterator[bytes | memoryview]:
     checksum = xxhash.xxh3_128()
     for part in parts:
         checksum.update(part)

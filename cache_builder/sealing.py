@@ -1,26 +1,28 @@
 """The last step of a build: its samples as rows of a manifest, in the manifest's order, each made when it is asked for.
 
-samples, what is held out, text keys -> SampleRows -> shared/manifest.py: seal_manifest
+samples, what is held out -> SampleRows -> shared/manifest.py: seal_manifest
 """
 
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
+from cache_builder.key_arrays import Flags, Indices, Keys, as_keys
 from cache_builder.keys import sample_ids_in
 from cache_builder.meta import meta_row
-from cache_builder.scan import Sample
+from cache_builder.samples import Sample, Samples
 from shared.manifest_rows import ManifestRow, MetaType, Variant
+from shared.record import KEY_BYTES
 
 
 @dataclass(frozen=True)
 class SampleRows:
     """Rows that can be gone through as often as one likes and are never all in memory."""
 
-    samples: Sequence[Sample]
-    held_out: Sequence[bool]
-    text_keys: Mapping[str, bytes]
-    """Of every caption."""
+    samples: Samples
+    held_out: Sequence[bool] | Flags
     meta: Mapping[str, MetaType]
 
     def __len__(self) -> int:
@@ -28,31 +30,38 @@ class SampleRows:
 
     def __iter__(self) -> Iterator[ManifestRow]:
         """The rows in the order of ManifestRow.order."""
-        return (self._row(self.samples[index], self.held_out[index], sample_id) for sample_id, index in self._order)
+        return (self._row(self.samples[int(index)]) for index in self._order)
 
     @functools.cached_property
-    def _order(self) -> list[tuple[bytes, int]]:
-        """Sample ids in their order, each with the index of its sample."""
-        ids_in = {dataset: sample_ids_in(dataset) for dataset in {sample.dataset for sample in self.samples}}
-        groups: dict[tuple[str, tuple[int, int]], list[tuple[bytes, int]]] = {}
-        for index, sample in enumerate(self.samples):
-            group = groups.setdefault((sample.dataset, sample.crops[0].plan.target_hw), [])
-            group.append((ids_in[sample.dataset](sample.digest), index))
-        return [item for _, group in sorted(groups.items()) for item in sorted(group)]
+    def _ids(self) -> Keys:
+        """The id of each sample."""
+        ids_in = [sample_ids_in(dataset.id) for dataset in self.samples.datasets]
+        rows = self.samples.rows
+        return as_keys(ids_in[row["source"]](row["digest"].tobytes()) for row in rows)
 
-    def _row(self, sample: Sample, is_held_out: bool, sample_id: bytes) -> ManifestRow:
+    @functools.cached_property
+    def _order(self) -> Indices:
+        """Which sample each row is of."""
+        names = sorted({dataset.id for dataset in self.samples.datasets})
+        ranks = np.array([names.index(dataset.id) for dataset in self.samples.datasets], np.uint32)
+        rows = self.samples.rows
+        height, width = self.samples.crops["target_hw"][rows["crops"]].T
+        order: Indices = np.lexsort((self._ids, width, height, ranks[rows["source"]]))
+        return order
+
+    def _row(self, sample: Sample) -> ManifestRow:
+        crops, meta = sample.crops, sample.meta
         return ManifestRow(
             dataset=sample.dataset,
-            sample_id=sample_id,
+            sample_id=self._ids[sample.index].ljust(KEY_BYTES, b"\0"),
             path=sample.path,
             image_digest=sample.digest,
             original_hw=sample.original_hw,
-            bucket_hw=sample.crops[0].plan.target_hw,
+            bucket_hw=crops[0].plan.target_hw,
             variants=tuple(
-                Variant(crop.latent_key, crop.plan.flip, crop.plan.crop_top_left, crop.plan.target_hw)
-                for crop in sample.crops
+                Variant(crop.latent_key, crop.plan.flip, crop.plan.crop_top_left, crop.plan.target_hw) for crop in crops
             ),
-            text_keys=tuple(self.text_keys[caption] for caption in sample.captions),
-            split="eval" if is_held_out else "train",
-            meta=meta_row(sample, self.meta) if sample.meta else {},
+            text_keys=sample.text_keys,
+            split="eval" if self.held_out[sample.index] else "train",
+            meta=meta_row(sample, self.meta) if meta else {},
         )

@@ -5,14 +5,16 @@ lies within NEAR_BITS of a held-out hash and looks the same is held out too.
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
 
 from cache_builder.config import SplitRules
+from cache_builder.key_arrays import parts
 from cache_builder.pixels import difference_hashes
+from shared.scratch import Column
 
 # Copies at 50 to 90 % of the size, as JPEG of quality 60 to 90, or both, of 1,300 photo-like pictures, clip art, line
 # art and sketches of 64 px and more: at most 5 bits, 4.2 levels, and 0.5 levels + 0.19 of the contrast; of 300 shapes
@@ -24,25 +26,24 @@ NEAR_LEVELS = 4.5  # mean difference between two thumbnails, of 255
 NEAR_NOISE, NEAR_SHARE = 0.5, 0.2  # levels, and of the contrast of the flatter one
 ROUNDING = 1e-3  # levels; more than what float32 means of bytes are off by
 
+AT_ONCE = 1024  # thumbnails; what is worked out of them is much larger
 THUMBNAIL_HWC = (8, 9, 3)
 THUMBNAIL_BYTES = 8 * 9 * 3
 Thumbnail = bytes
-"""Pixels of one, row by row: bytes, because a million small arrays take several times the memory."""
+"""Pixels of one, row by row."""
 Thumbnails = np.ndarray[Any, np.dtype[np.uint8]]
+Flags = np.ndarray[Any, np.dtype[np.bool_]]
 
 
-def held_out(rules: SplitRules, paths: Sequence[str], thumbnails: Sequence[Thumbnail]) -> list[bool]:
-    """For each sample, by its path and thumbnail, whether it is held out of training."""
+def held_out(rules: SplitRules, paths: Iterable[str], thumbs: Thumbnails) -> Flags:
+    """For each sample, by its path and thumbnail [N, 8, 9, 3], whether it is held out of training."""
     if rules.group == "folder":
-        return [_chosen(rules, str(PurePosixPath(path).parent).encode()) for path in paths]
-    if not thumbnails:
-        return []
-    thumbs = np.frombuffer(b"".join(thumbnails), np.uint8).reshape(-1, *THUMBNAIL_HWC)
-    hashes = np.concatenate([difference_hashes(part) for part in _parts(thumbs)])
-    chosen = np.array([_chosen(rules, value.to_bytes(8, "big")) for value in hashes.tolist()], bool)
+        return np.array([_chosen(rules, str(PurePosixPath(path).parent).encode()) for path in paths], bool)
+    hashes = _by_parts(len(thumbs), np.uint64, lambda part: difference_hashes(thumbs[part]))
+    chosen = np.fromiter((_chosen(rules, int(value).to_bytes(8, "big")) for value in hashes), bool, len(hashes))
     if chosen.any():
         _follow_near_copies(chosen, hashes, thumbs)
-    return [bool(is_held_out) for is_held_out in chosen]
+    return chosen
 
 
 def _chosen(rules: SplitRules, group: bytes) -> bool:
@@ -52,7 +53,7 @@ def _chosen(rules: SplitRules, group: bytes) -> bool:
 
 
 def _follow_near_copies(
-    chosen: np.ndarray[Any, np.dtype[np.bool_]],  # [N], changed in place
+    chosen: Flags,  # [N], changed in place
     hashes: np.ndarray[Any, np.dtype[np.uint64]],  # [N]
     thumbs: Thumbnails,  # [N, 8, 9, 3]
 ) -> None:
@@ -60,13 +61,14 @@ def _follow_near_copies(
 
     Copies are alike in brightness too, so only a window of all pictures in order of brightness is looked at.
     """
-    mean = np.concatenate([_mean(part) for part in _parts(thumbs)])  # [N, 3]
-    contrast = np.concatenate([np.abs(part - _mean(part)[:, None, None]).mean((1, 2, 3)) for part in _parts(thumbs)])
-    alike = np.minimum(NEAR_LEVELS, NEAR_NOISE + NEAR_SHARE * contrast)
-    order = np.argsort(mean.mean(axis=1), kind="stable")
-    brightness, mean, hashes = mean.mean(axis=1)[order], mean[order], hashes[order]
+    count = len(thumbs)
+    brightness = _by_parts(count, np.float32, lambda part: _mean(thumbs[part]).mean(axis=1))
+    order = np.argsort(brightness, kind="stable").astype(np.uint32)
     place = np.empty_like(order)
-    place[order] = np.arange(len(order))
+    place[order] = np.arange(count, dtype=np.uint32)
+    brightness, hashes = brightness[order], hashes[order]
+    mean = _by_parts(count, np.dtype((np.float32, 3)), lambda part: _mean(thumbs[order[part]]))
+    alike = _by_parts(count, np.float32, lambda part: _alike(thumbs[part]))
     frontier = list(np.flatnonzero(chosen))
     while frontier:
         index = frontier.pop()
@@ -76,10 +78,17 @@ def _follow_near_copies(
         near = first + np.flatnonzero(np.bitwise_count(hashes[first:last] ^ hashes[at]) <= NEAR_BITS)
         near = order[near[np.abs(mean[near] - mean[at]).mean(axis=1) <= reach]]
         near = near[~chosen[near]]
-        difference = np.abs(thumbs[near].astype(np.int16) - thumbs[index]).mean(axis=(1, 2, 3))
-        copies = near[difference <= np.minimum(alike[near], alike[index])]
-        chosen[copies] = True
-        frontier += list(copies)
+        for some in parts(near, AT_ONCE):
+            difference = np.abs(thumbs[some].astype(np.int16) - thumbs[index]).mean(axis=(1, 2, 3))
+            copies = some[difference <= np.minimum(alike[some], alike[index])]
+            chosen[copies] = True
+            frontier += list(copies)
+
+
+def _alike(thumbs: Thumbnails) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """Up to what mean difference each of them, [N], is the same as another."""
+    contrast = np.abs(thumbs - _mean(thumbs)[:, None, None]).mean((1, 2, 3))
+    return np.asarray(np.minimum(NEAR_LEVELS, NEAR_NOISE + NEAR_SHARE * contrast))
 
 
 def _mean(thumbs: Thumbnails) -> np.ndarray[Any, np.dtype[np.float32]]:
@@ -89,6 +98,9 @@ def _mean(thumbs: Thumbnails) -> np.ndarray[Any, np.dtype[np.float32]]:
     return (thumbs.reshape(len(thumbs), -1).astype(np.float32) @ summing) / np.float32(pixels)
 
 
-def _parts(thumbs: Thumbnails) -> Iterator[Thumbnails]:
-    """A few thousand at once: what is worked out of them is much larger than they are."""
-    return (thumbs[first : first + 4096] for first in range(0, len(thumbs), 4096))
+def _by_parts(count: int, dtype: Any, work: Callable[[slice], np.ndarray[Any, Any]]) -> np.ndarray[Any, Any]:
+    """[count, ...] of work(part), outside of memory: some at once, for what it works out is much larger."""
+    found = Column(dtype)
+    for first in range(0, count, AT_ONCE):
+        found.append(work(slice(first, min(first + AT_ONCE, count))).astype(found.dtype.base).tobytes())
+    return found.array

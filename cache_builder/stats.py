@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 
 from cache_builder.in_child import require_readable
+from cache_builder.key_arrays import Keys, as_keys, each, is_in
 from cache_builder.keys import text_facts_key
-from cache_builder.named import Keys, as_keys, each, facts_keys, is_in, latent_keys, text_keys, union
+from cache_builder.named import facts_keys, latent_keys, text_keys, union
 from shared.conditioning import TEXT_LENGTH
 from shared.errors import RecordCorrupt
 from shared.manifest import Manifest

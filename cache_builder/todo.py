@@ -3,23 +3,26 @@
 samples of scan.py -> what is missing -> fill.py encodes it; dry_run.py tells it, rehearsal.py times a sample of it
 """
 
-import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import functools
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar, overload
+
+import numpy as np
 
 from cache_builder.config import BuildConfig
-from cache_builder.keys import text_facts_key, text_keys_for
+from cache_builder.key_arrays import Indices, as_keys, each, first_of_each, is_in, stored
+from cache_builder.keys import text_facts_key
 from cache_builder.report import BuildReport
-from cache_builder.scan import PlannedCrop, Sample
+from cache_builder.sample_rows import PlannedCrop
+from cache_builder.samples import Sample, Samples
 from shared.conditioning import TEXT_LENGTH
 from shared.errors import RecordCorrupt, StoreFull
 from shared.store import Snapshot, Store
 from shared.text_encoders import TextFacts, TokenCount
 from shared.vae import VaeFacts
 
-KEYS_AT_ONCE = 4096  # looked up in one read transaction
 FP16_BYTES = 2
 FRAME_BYTES = 256  # of a record's frame and header, about
 FACTS_BYTES = 512  # of the two small records beside a picture and a caption, about
@@ -35,95 +38,124 @@ class Picture:
     samples: list[Sample]
     crops: list[PlannedCrop]
 
+
+class Pictures(Sequence[Picture]):
+    """The pictures that lack something, those of one bucket together; each is made when it is asked for."""
+
+    def __init__(self, samples: Samples, crops: Indices) -> None:
+        """Of `samples`, which lack `crops`, ascending."""
+        self.samples, self._lacking = samples, crops
+        of_crops = samples.of_crop(crops)
+        is_first = np.diff(of_crops, prepend=-1) > 0  # of its sample
+        lack, first_crops = of_crops[is_first], crops[is_first]
+        keys = samples.rows["facts_key"][lack]
+        by_picture = np.argsort(keys, kind="stable")
+        keys = keys[by_picture]
+        begins = np.flatnonzero(np.append(True, keys[1:] != keys[:-1])[: len(keys)])
+        first = by_picture[begins]  # samples are in order, and so are those of a picture
+        height, width = samples.crops["target_hw"][first_crops[first]].T
+        order = np.lexsort((first, width, height))
+        self._members = lack[by_picture]
+        self._begins, self._ends = begins[order], np.append(begins[1:], len(lack))[order]
+
+    @functools.cached_property
+    def crops(self) -> Indices:
+        """Which crops are lacking, ascending, each key once."""
+        return self._lacking[first_of_each(self.samples.crops["key"][self._lacking])]
+
     @property
-    def facts_key(self) -> bytes:
-        """What tells it from others: the digest of its bytes, under the rules for pixels."""
-        return self.samples[0].facts_key
+    def most_crops(self) -> int:
+        """No picture lacks more of them, as far as one data set goes."""
+        return int(self.samples.rows["crop_count"].max(initial=1))
+
+    def without(self, lost: Mapping[bytes, str]) -> "Pictures":
+        """The same without the pictures of these facts keys."""
+        if not lost:
+            return self
+        keys = self.samples.rows["facts_key"][self.samples.of_crop(self._lacking)]
+        return Pictures(self.samples, self._lacking[~is_in(keys, np.sort(as_keys(lost)))])
+
+    def __len__(self) -> int:
+        return len(self._begins)
+
+    @overload
+    def __getitem__(self, index: int) -> Picture: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Picture]: ...
+    def __getitem__(self, index: int | slice) -> Picture | list[Picture]:
+        if isinstance(index, slice):
+            return [self[each] for each in range(len(self))[index]]
+        members = self._members[self._begins[index] : self._ends[index]].tolist()
+        crops = (self.samples.crop(crop) for member in members for crop in self._crops_of(member))
+        return Picture([self.samples[member] for member in members], [*dict.fromkeys(crops)])
+
+    def __iter__(self) -> Iterator[Picture]:
+        return (self[index] for index in range(len(self)))
+
+    def _crops_of(self, member: int) -> list[int]:
+        row = self.samples.rows[member]
+        first, last = np.searchsorted(self._lacking, (row["crops"], row["crops"] + row["crop_count"]))
+        return [int(crop) for crop in self._lacking[first:last]]
 
 
 @dataclass(frozen=True)
 class Todo:
-    """The captions and crops that a build will encode."""
+    """The texts and pictures that a build will encode."""
 
-    captions: list[str]
-    pictures: list[Picture]
-
-    @property
-    def crops(self) -> list[tuple[Sample, PlannedCrop]]:
-        """Every crop on its own, with one of the samples that it is of."""
-        return [(picture.samples[0], crop) for picture in self.pictures for crop in picture.crops]
+    texts: Indices
+    pictures: Pictures
 
     def without(self, lost: Mapping[bytes, str]) -> "Todo":
         """The same without the pictures of these facts keys."""
-        return Todo(self.captions, [picture for picture in self.pictures if picture.facts_key not in lost])
+        return Todo(self.texts, self.pictures.without(lost))
 
     def bytes_to_write(self, config: BuildConfig, text: TextFacts, vae: VaeFacts) -> int:
         """How much the store will grow, about."""
-        return text_bytes(len(self.captions), config, text) + picture_bytes(self.pictures, config, vae)
+        return text_bytes(len(self.texts), config, text) + picture_bytes(self.pictures, config, vae)
 
 
-def find_todo(
-    store: Store, samples: Sequence[Sample], prompts: Sequence[str], config: BuildConfig, text: TextFacts
-) -> Todo:
-    """What `store` lacks of `samples` and `prompts`, in the order in which a build meets it."""
-    return Todo(missing_captions(store, text_keys(samples, prompts, config, text)), missing_pictures(store, samples))
+def find_todo(store: Store, samples: Samples) -> Todo:
+    """What `store` lacks of `samples`, in the order in which a build meets it."""
+    return Todo(missing_texts(store, samples), missing_pictures(store, samples))
 
 
-def text_keys(
-    samples: Sequence[Sample], prompts: Sequence[str], config: BuildConfig, text: TextFacts
-) -> dict[str, bytes]:
-    """Every caption and prompt once, and the empty one, each with its key."""
-    captions = (caption for sample in samples for caption in sample.captions)
-    texts = dict.fromkeys(itertools.chain(captions, prompts, [""]))
-    key = text_keys_for(config.text.chunks, text.digests)
-    return {caption: key(caption.encode()) for caption in texts}
+def add_prompts(samples: Samples, prompts: Sequence[str]) -> None:
+    """Put `prompts`, and the empty one, among the texts of `samples`."""
+    for text in (*prompts, ""):
+        samples.add_text(text)
 
 
-def missing_captions(store: Store, keys: Mapping[str, bytes]) -> list[str]:
-    """Captions of which a record is missing."""
-    stored, facts = stored_keys(store, keys.values()), {c: text_facts_key(key) for c, key in keys.items()}
-    stored_facts = stored_keys(store, facts.values())
-    return [c for c, key in keys.items() if key not in stored or facts[c] not in stored_facts]
+def missing_texts(store: Store, samples: Samples) -> Indices:
+    """The texts, each once, of which a record is missing."""
+    texts = first_of_each(samples.texts["key"])
+    keys = samples.texts["key"][texts]
+    is_whole = stored(store, keys)
+    is_whole &= stored(store, as_keys(text_facts_key(key) for key in each(keys)))
+    return texts[~is_whole]
 
 
-def missing_pictures(store: Store, samples: Sequence[Sample]) -> list[Picture]:
+def missing_pictures(store: Store, samples: Samples) -> Pictures:
     """The pictures that lack something, each with its missing crops, or all of them where its facts are missing."""
-    wanted = {crop.latent_key for sample in samples for crop in sample.crops}
-    wanted.update(sample.facts_key for sample in samples if sample.thumbnail is not None)
-    stored = stored_keys(store, wanted)
-    pictures: dict[bytes, Picture] = {}
-    for sample in samples:
-        has_facts = sample.thumbnail is not None and sample.facts_key in stored  # a scan cache may have more of them
-        missing = [crop for crop in sample.crops if not has_facts or crop.latent_key not in stored]
-        if missing:  # which a rebuild finds of hardly any
-            picture = pictures.setdefault(sample.facts_key, Picture([], []))
-            picture.samples.append(sample)
-            picture.crops.extend(crop for crop in missing if crop not in picture.crops)
-    return list(pictures.values())
-
-
-def stored_keys(store: Store, keys: Iterable[bytes]) -> set[bytes]:
-    """Those of `keys` that the store has a record of."""
-    found: set[bytes] = set()
-    for batch in batches(sorted(keys), KEYS_AT_ONCE):
-        with store.snapshot() as snapshot:
-            found.update(snapshot.present(batch))
-    return found
+    has_facts = samples.facts["is_known"].copy()  # a scan cache may have more of them than the store
+    has_facts &= stored(store, samples.rows["facts_key"])
+    is_there = stored(store, samples.crops["key"])
+    is_there &= np.repeat(has_facts, samples.rows["crop_count"])
+    return Pictures(samples, np.flatnonzero(~is_there))
 
 
 def text_bytes(count: int, config: BuildConfig, text: TextFacts) -> int:
     """How much the store grows by `count` captions, about: records lie on pages of their own."""
     width = config.text.chunks * TEXT_LENGTH * sum(text.widths) + text.pooled_width
-    return count * (_pages(width * FP16_BYTES) + FACTS_BYTES)
+    return int(count * (_pages(width * FP16_BYTES) + FACTS_BYTES))
 
 
-def picture_bytes(pictures: Sequence[Picture], config: BuildConfig, vae: VaeFacts) -> int:
+def picture_bytes(pictures: Pictures, config: BuildConfig, vae: VaeFacts) -> int:
     """How much the store grows by the crops of `pictures`, about."""
     tensors = 2 if config.encode.latents == "moments" else 1
-    sizes = [crop.plan.target_hw for picture in pictures for crop in picture.crops]
-    areas = (h * w // vae.downscale**2 for h, w in sizes)
-    latents = sum(_pages(tensors * vae.latent_channels * area * FP16_BYTES) for area in areas)
-    return latents + len(pictures) * FACTS_BYTES
+    edges = pictures.samples.crops["target_hw"][pictures.crops].astype(np.int64)
+    areas, counts = np.unique(edges.prod(axis=1) // vae.downscale**2, return_counts=True)
+    latents = _pages(tensors * vae.latent_channels * areas * FP16_BYTES)
+    return int((latents * counts).sum()) + len(pictures) * FACTS_BYTES
 
 
 def require_space(store: Path, needed_bytes: int, free_bytes: int) -> None:
@@ -135,41 +167,24 @@ def require_space(store: Path, needed_bytes: int, free_bytes: int) -> None:
         )
 
 
-def account_for(
-    report: BuildReport, samples: Sequence[Sample], encoded: set[bytes], lost: Mapping[bytes, str]
-) -> list[Sample]:
-    """Count what becomes of each sample, by the latent keys that were made and lost; returns those that are usable.
+def account_for(report: BuildReport, samples: Samples, crops: Indices, lost: Mapping[bytes, str]) -> Indices:
+    """Count what becomes of each sample, by the `crops` that it lacked and the latent keys that could not be made.
 
-    Without one of its crops a sample is set aside; its other crops stay stored.
+    Returns which are usable. Without one of its crops a sample is set aside; its other crops stay stored.
     """
-    usable, left = [], set(encoded)
-    for sample in samples:
-        keys = [crop.latent_key for crop in sample.crops]
-        if reasons := [lost[key] for key in keys if key in lost]:
-            report.quarantined.append((sample.path, reasons[0]))
-            continue
-        if left.isdisjoint(keys):  # or shared with a sample before it: the same picture in another data set
-            report.reused += 1
-        else:
-            report.stored += 1
-        left.difference_update(keys)
-        report.crops += len(keys)
-        usable.append(sample)
+    is_usable = np.ones(len(samples), bool)
+    if lost:
+        is_usable[samples.of_crop(np.flatnonzero(is_in(samples.crops["key"], np.sort(as_keys(lost)))))] = False
+    for sample in map(samples.__getitem__, np.flatnonzero(~is_usable).tolist()):
+        reason = next(lost[crop.latent_key] for crop in sample.crops if crop.latent_key in lost)
+        report.quarantined.append((sample.path, reason))
+    made = crops[is_usable[samples.of_crop(crops)]]
+    made = made[first_of_each(samples.crops["key"][made])]  # others share them: the same picture in another data set
+    usable, count = np.flatnonzero(is_usable), len(np.unique(samples.of_crop(made)))
+    report.stored += count
+    report.reused += len(usable) - count
+    report.crops += int(samples.rows["crop_count"][usable].sum())
     return usable
-
-
-def token_counts(
-    store: Store, captions: Sequence[str], keys: Mapping[str, bytes], count: Callable[[Sequence[str]], list[TokenCount]]
-) -> dict[str, TokenCount]:
-    """How long each of `captions` is: as the store says where it knows, else by `count`."""
-    known: dict[str, TokenCount] = {}
-    for batch in batches(captions, KEYS_AT_ONCE):
-        with store.snapshot() as snapshot:
-            found = {caption: known_count(snapshot, keys[caption]) for caption in batch}
-        known |= {caption: tokens for caption, tokens in found.items() if tokens is not None}
-        unknown = [caption for caption in batch if caption not in known]
-        known |= dict(zip(unknown, count(unknown), strict=True)) if unknown else {}
-    return known
 
 
 def known_count(snapshot: Snapshot, key: bytes) -> TokenCount | None:
@@ -186,5 +201,5 @@ def batches(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
     return (items[start : start + size] for start in range(0, len(items), size))
 
 
-def _pages(tensor_bytes: int) -> int:
+def _pages(tensor_bytes: Any) -> Any:
     return -(-(tensor_bytes + FRAME_BYTES) // PAGE_BYTES) * PAGE_BYTES

@@ -16,7 +16,8 @@ import numpy as np
 import xxhash
 
 from cache_builder.in_child import in_child
-from cache_builder.named import Keys, as_keys, each, is_in, needed_keys, union
+from cache_builder.key_arrays import Keys, as_keys, each, is_in
+from cache_builder.named import needed_keys, union
 from shared.atomic import write_atomically
 from shared.errors import ManifestMismatch, RecordCorrupt, RecordNewer
 from shared.manifest import Manifest

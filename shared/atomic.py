@@ -10,7 +10,7 @@ from pathlib import Path
 from shared.errors import ConfigError
 
 
-def write_atomically(path: Path, data: bytes | Iterable[bytes]) -> None:
+def write_atomically(path: Path, data: bytes | Iterable[bytes | memoryview]) -> None:
     """Put `data`, or its parts, at `path`: written under a temporary name, synced, renamed, the folder synced."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with temporary.open("wb") as file:

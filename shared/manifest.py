@@ -7,22 +7,21 @@
 Whoever has one open holds a shared flock on its .arrow file: nobody drops it meanwhile (shared/manifest_shelf.py).
 
 Rows are sorted by (dataset, bucket, sample id). The digest covers the schema version, the settings and the rows in that
-order: keys name inputs, so no digest depends on the bytes of a record. The doors to Arrow's files are this one and
-shared/manifest_rows.py.
+order: keys name inputs, so no digest depends on the bytes of a record. The doors to Arrow's files are this one,
+shared/manifest_rows.py and shared/manifest_columns.py.
 """
 
 import fcntl
 import hashlib
-import itertools
 import json
 import os
 import re
 import time
 import weakref
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import msgpack
 import numpy as np
@@ -32,23 +31,30 @@ from pydantic import ValidationError
 
 from shared.atomic import sync_file, sync_folder, write_atomically
 from shared.errors import ConfigError, ManifestMismatch
+from shared.manifest_columns import make_columns
 from shared.manifest_rows import (
     META,
     ManifestRow,
     ManifestSettings,
     MetaValue,
     Split,
-    column_value,
     read_row,
     schema_of,
 )
 from shared.parts import PINNED_SAMPLES, Heads, Mask, Part, eval_order, in_any, joined_parts, parse_part
 
 MANIFEST_FORMAT = 1
-ROWS_AT_ONCE = 4096
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _METADATA_KEY = b"sdxl-experts"
+
+
+@runtime_checkable
+class SizedRows(Protocol):
+    """Rows that are counted, and can be gone through as often as one likes."""
+
+    def __len__(self) -> int: ...
+    def __iter__(self) -> Iterator[ManifestRow]: ...
 
 
 class _ManifestAbsent(ManifestMismatch):
@@ -188,7 +194,7 @@ def seal_manifest(
     there but damaged is made anew. Raises ManifestMismatch where NAME holds other data sets and `replace` is
     not given, or where more than a tenth of its rows would be lost and `allow_shrink` is not given.
     """
-    ordered = rows if in_order and isinstance(rows, Collection) else sorted(rows, key=ManifestRow.order)
+    ordered = rows if in_order and isinstance(rows, SizedRows) else sorted(rows, key=ManifestRow.order)
     digest = manifest_digest(settings, ordered)
     folder = manifest_folder(store, name)
     check_data_sets(store, name, settings.datasets, replace=replace)
@@ -302,15 +308,16 @@ def _check_shrinking(old: Manifest | None, count: int, allow_shrink: bool) -> No
         )
 
 
-def _write(folder: Path, digest: str, settings: ManifestSettings, ordered: Collection[ManifestRow]) -> None:
+def _write(folder: Path, digest: str, settings: ManifestSettings, ordered: SizedRows) -> None:
     card = {"format": MANIFEST_FORMAT, "digest": digest, "settings": settings.as_json()}
     schema = schema_of(settings).with_metadata({_METADATA_KEY: json.dumps(card, sort_keys=True).encode()})
-    columns = _columns(schema, ordered)
+    columns = make_columns(schema, ordered, folder)
     temporary, final = folder / f".{digest}.{os.getpid()}.tmp", folder / f"{digest}.arrow"
     with pa.OSFile(str(temporary), "wb") as file, pa.ipc.new_file(file, schema) as writer:
         writer.write_batch(pa.record_batch(columns, schema=schema))
     sync_file(temporary)
-    checksum = xxhash.xxh3_128(temporary.read_bytes()).hexdigest()
+    with pa.memory_map(str(temporary)) as mapped:
+        checksum = xxhash.xxh3_128(mapped.read_buffer()).hexdigest()
     seal = {
         "format": MANIFEST_FORMAT,
         "digest": digest,
@@ -322,16 +329,6 @@ def _write(folder: Path, digest: str, settings: ManifestSettings, ordered: Colle
     os.replace(temporary, final)
     sync_folder(folder)
     write_atomically(folder / f"{digest}.json", json.dumps(seal, indent=1).encode() + b"\n")
-
-
-def _columns(schema: pa.Schema, ordered: Iterable[ManifestRow]) -> list[pa.Array]:
-    """The columns of `ordered`; of a few thousand rows at once, for as values of Python they are much larger."""
-    parts: list[list[pa.Array]] = [[pa.array([], field.type)] for field in schema]
-    rest = iter(ordered)
-    while some := list(itertools.islice(rest, ROWS_AT_ONCE)):
-        for field, part in zip(schema, parts, strict=True):
-            part.append(pa.array([column_value(row, field.name) for row in some], field.type))
-    return [pa.chunked_array(part).unify_dictionaries().combine_chunks() for part in parts]
 
 
 def manifest_folder(store: Path, name: str) -> Path:

@@ -49,10 +49,10 @@ class Snapshot:
         """Whether a record is stored under `key`; does not read it."""
         return self._transaction.get(key) is not None
 
-    def present(self, keys: Iterable[bytes]) -> list[bytes]:
-        """Those of `keys` under which a record is stored; sorted ones are found fastest."""
+    def has_each(self, keys: Iterable[bytes]) -> list[bool]:
+        """Whether a record is stored under each of `keys`; sorted ones are found fastest."""
         with self._transaction.cursor() as cursor:
-            return [key for key in keys if cursor.set_key(key)]
+            return [cursor.set_key(key) for key in keys]
 
     def read(self, key: bytes) -> Record:
         """A copy of the record of `key`; raises RecordCorrupt where it is absent or damaged."""

@@ -7,6 +7,7 @@ one or the other, so that what was seen is accounted for; other files are only t
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol, runtime_checkable
 
 from cache_builder.scan_cache import ScanCache, State
@@ -24,8 +25,11 @@ class Found:
 
     captions: tuple[str, ...]
 
-    read: Callable[[], bytes]
-    """The picture's bytes, as often as they are asked for and from any thread; raises DataError."""
+    read: partial[bytes]
+    """The picture's bytes, as often as they are asked for and from any thread; raises DataError.
+
+    Of one of a few functions, and of texts and numbers: these are kept outside of memory until the picture is decoded.
+    """
 
     meta: Mapping[str, MetaValue] = field(default_factory=dict)
     """What else is known of it, by column."""

@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from cache_builder.key_arrays import Keys, as_keys, each, is_in
 from cache_builder.keys import text_facts_key
-from cache_builder.named import Keys, as_keys, common_keys, each, is_in, picture_facts_keys, pixel_rules
+from cache_builder.named import common_keys, picture_facts_keys, pixel_rules
 from shared.errors import StoreFormat
 from shared.manifest import Manifest
 from shared.store import StoreReader

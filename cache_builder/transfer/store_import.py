@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from cache_builder.in_child import require_readable
-from cache_builder.named import Keys, as_keys, each, facts_keys, is_in, latent_keys, text_keys, union
+from cache_builder.key_arrays import Keys, as_keys, each, is_in, stored
+from cache_builder.named import facts_keys, latent_keys, text_keys, union
 from cache_builder.places import Place, open_place
 from cache_builder.transfer.listing import ListedManifest, ListedShard, Listing, read_listing
 from cache_builder.transfer.shards import Frame, ShardReader
@@ -167,8 +168,7 @@ def _read_shards(
             for group, rows in enumerate(shard.groups()):
                 keys = [key for key, _ in rows]
                 mine = keys if wanted is None else list(itertools.compress(keys, is_in(as_keys(keys), wanted)))
-                with writer.snapshot() as snapshot:
-                    missing = set(mine) - set(snapshot.present(sorted(mine)))
+                missing = {*each(as_keys(mine)[~stored(writer, as_keys(mine))])}
                 frames = [frame for frame in shard.frames(group) if frame[0] in missing] if missing else []
                 is_read |= bool(missing)
                 yield len(mine) - len(missing), frames
@@ -197,24 +197,16 @@ class _Shared:
 
 def _check_room(writer: StoreWriter, listing: Listing, wanted: Keys | None) -> None:
     """As much as the records that are missing take if each is as large as the mean."""
-    if wanted is None:
-        missing = max(0, listing.records - writer.count())
-    else:
-        missing = len(wanted) - sum(_count_present(writer, wanted[i : i + 4096]) for i in range(0, len(wanted), 4096))
+    missing = max(0, listing.records - writer.count()) if wanted is None else int((~stored(writer, wanted)).sum())
     mean_bytes = sum(shard.bytes for shard in listing.shards) / max(1, listing.records)
     require_room(writer.path, int(missing * mean_bytes), "what is imported")
-
-
-def _count_present(writer: StoreWriter, keys: Keys) -> int:
-    with writer.snapshot() as snapshot:
-        return len(snapshot.present(each(keys)))
 
 
 def _require_all(writer: StoreWriter, manifest: Manifest, part: Part | None, address: str) -> None:
     """Nothing is sealed that could not be trained on."""
     rows = None if part is None else manifest.rows_in([part])
     for named in (latent_keys(manifest, rows), text_keys(manifest, rows)):
-        if _count_present(writer, named) != len(named):
+        if not stored(writer, named).all():
             raise DataError(
                 f"{address} does not hold every record that manifest {manifest.name!r} needs: run the same cache-store "
                 "export again"

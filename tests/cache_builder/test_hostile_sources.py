@@ -13,7 +13,8 @@ from PIL import Image
 from cache_builder.config import BuildConfig
 from cache_builder.datasets import open_sources
 from cache_builder.report import BuildReport
-from cache_builder.scan import Sample, Scanner
+from cache_builder.samples import Samples
+from cache_builder.scan import Scanner
 from shared.config import validate
 from shared.store import StoreWriter
 from tests.datasets import Item, add, csv_text, jsonl, write_folder, write_parquet, write_tar
@@ -80,7 +81,7 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return seen
 
 
-def scan(root: Path, store: StoreWriter, **source: Any) -> tuple[list[Sample], BuildReport]:
+def scan(root: Path, store: StoreWriter, **source: Any) -> tuple[Samples, BuildReport]:
     """The samples under `root`, each read once more as the second pass does."""
     data = {
         "images": {"resolution": 64, "step": 16},
@@ -88,7 +89,7 @@ def scan(root: Path, store: StoreWriter, **source: Any) -> tuple[list[Sample], B
         "datasets": [{"id": "set", "root": str(root), "source": source}],
     }
     config, report = validate(BuildConfig, data), BuildReport()
-    samples = Scanner(config, "ab" * 32, "float32", report).scan(open_sources(config.datasets), store)
+    samples = Scanner(config, "ab" * 32, "float32", {}, report).scan(open_sources(config.datasets), store)
     assert report.seen == len(samples) + report.duplicate + report.skipped.total() + len(report.quarantined)
     for sample in samples:
         assert sample.read()

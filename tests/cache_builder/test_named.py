@@ -3,7 +3,8 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cache_builder.named import as_keys, each, is_in, union
+from cache_builder.key_arrays import as_keys, each, is_in
+from cache_builder.named import union
 
 FEW = st.sampled_from([b"\0", b"\1", b"\xff"])  # keys that end in zeros, or differ in their last byte alone
 KEYS = st.lists(st.lists(FEW, min_size=16, max_size=16).map(b"".join) | st.binary(min_size=16, max_size=16))

@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -269,14 +270,13 @@ class Counting(FolderSource):
 
     def scan(self) -> Iterator[Found | Skipped]:
         for item in super().scan():
-            yield Found(item.path, item.captions, self._counted(item.read)) if isinstance(item, Found) else item
+            yield (
+                Found(item.path, item.captions, partial(self._counted, item.path)) if isinstance(item, Found) else item
+            )
 
-    def _counted(self, read: Callable[[], bytes]) -> Callable[[], bytes]:
-        def run() -> bytes:
-            self.reads += 1
-            return read()
-
-        return run
+    def _counted(self, path: str) -> bytes:
+        self.reads += 1
+        return self.read(path)
 
 
 @pytest.mark.parametrize("batch", [1, 4])

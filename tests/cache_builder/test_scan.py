@@ -5,6 +5,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from cache_builder.buckets import CropPlan
 from cache_builder.config import BuildConfig
 from cache_builder.keys import facts_key, image_digest, latent_key
 from cache_builder.report import BuildReport
-from cache_builder.scan import Sample, Scanner
+from cache_builder.samples import Sample, Samples
+from cache_builder.scan import Scanner
 from cache_builder.sources import Found, Skipped
 from demo.draw import draw
 from demo.scene import make_scene
@@ -49,13 +51,13 @@ def png(index: int, size_hw: tuple[int, int] | None = None) -> bytes:
 
 
 def found(path: str, data: bytes, *captions: str) -> Found:
-    return Found(path, captions, lambda: data)
+    return Found(path, captions, partial(bytes, data))
 
 
-def scan(store: StoreWriter, *sources: ListSource, sets: Sequence[str] = ()) -> tuple[list[Sample], BuildReport]:
+def scan(store: StoreWriter, *sources: ListSource, sets: Sequence[str] = ()) -> tuple[Samples, BuildReport]:
     config = load_config(BuildConfig, sets=["images.resolution=64", "images.step=16", *sets])
     report = BuildReport()
-    samples = Scanner(config, VAE, "float32", report).scan(sources, store)
+    samples = Scanner(config, VAE, "float32", {}, report).scan(sources, store)
     assert report.seen == len(samples) + report.duplicate + report.skipped.total() + len(report.quarantined)
     return samples, report
 
@@ -88,7 +90,7 @@ def test_every_reason_is_counted(store: StoreWriter) -> None:
         found("good again.png", png(0), "a", "b"),
         found("bad.png", b"nothing", "a"),
         found("thin.png", png(1, (10, 700)), "a"),
-        Found("gone.png", ("a",), fail),
+        Found("gone.png", ("a",), partial(fail)),
         Skipped("link.png", "symlink"),
         Skipped("other.png", "symlink"),
         found("mute.png", png(2)),

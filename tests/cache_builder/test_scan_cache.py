@@ -162,7 +162,7 @@ def test_the_cache_is_disposable(
         "cut": data[: len(data) // 2],
         "empty": b"",
         "version": data[:4] + b"\x09\x00" + data[6:],
-        "foreign": b"SXSC\x02\x00" + bytes(42),
+        "foreign": b"SXSC\x03\x00" + bytes(42),
     }
     path.unlink()
     if damage == "folder":

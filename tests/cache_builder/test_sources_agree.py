@@ -81,7 +81,7 @@ def samples_of(root: Path, store: StoreWriter, **source: Any) -> dict[Any, Any]:
         "datasets": [{"id": "set", "root": str(root), "source": source}],
     }
     config, report = validate(BuildConfig, data), BuildReport()
-    samples = Scanner(config, VAE, "float32", report).scan(open_sources(config.datasets), store)
+    samples = Scanner(config, VAE, "float32", {}, report).scan(open_sources(config.datasets), store)
     assert report.seen == len(samples) + report.duplicate
     types = meta_types(samples)
     for sample in samples:

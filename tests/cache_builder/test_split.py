@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
 from cache_builder.config import SplitRules
-from cache_builder.split import Thumbnail, held_out
+from cache_builder.split import THUMBNAIL_HWC, Thumbnail, held_out
 from demo.draw import draw
 from demo.scene import make_scene
 from shared.pictures import PixelLimits, PixelRules, decode
@@ -23,7 +23,8 @@ FRACTIONS = (0.02, 0.05, 0.1, 0.2, 0.5)
 
 
 def chosen(thumbnails: Sequence[Thumbnail], paths: Sequence[str] = (), **rules: Any) -> list[bool]:
-    return held_out(SplitRules(**rules), paths or [f"{i}.png" for i in range(len(thumbnails))], thumbnails)
+    thumbs = np.frombuffer(b"".join(thumbnails), np.uint8).reshape(-1, *THUMBNAIL_HWC)
+    return held_out(SplitRules(**rules), paths or [f"{i}.png" for i in range(len(thumbnails))], thumbs).tolist()
 
 
 LARGE_HW = ((96, 96), (96, 128), (128, 96), (128, 128))  # halved, smaller ones are too small to be told from others

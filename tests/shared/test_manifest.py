@@ -6,7 +6,7 @@ import os
 import random
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from hashlib import blake2b
 from pathlib import Path
@@ -87,6 +87,27 @@ def test_an_empty_manifest_is_a_manifest(tmp_path: Path) -> None:
     assert len(seal(tmp_path)) == len(ROWS)  # and growing from it is no fault
     with pytest.raises(ManifestMismatch, match="--allow-shrink"):
         seal(tmp_path, rows=[])
+
+
+class AsTheyCome:
+    """Rows that are made when they are asked for."""
+
+    def __init__(self, rows: Sequence[ManifestRow]) -> None:
+        self.rows, self.rounds = rows, 0
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __iter__(self) -> Iterator[ManifestRow]:
+        self.rounds += 1
+        return (replace(row) for row in self.rows)
+
+
+def test_rows_in_order_are_gone_through_and_not_held(tmp_path: Path) -> None:
+    rows = AsTheyCome(ORDERED[::-1])  # whoever sorted them would hold them all
+    manifest = seal(tmp_path, rows=rows, in_order=True)  # type: ignore[arg-type]
+    assert manifest.rows(range(len(ROWS))) == ORDERED[::-1]
+    assert rows.rounds == 2  # for the digest, and for the columns
 
 
 @given(st.permutations(range(12)))
