@@ -30,6 +30,7 @@ bench: .venv/test.done
 	$(BIN)/python -m benchmarks.store_read
 	$(BIN)/python -m benchmarks.store_share
 	$(BIN)/python -m benchmarks.store_size
+	$(BIN)/python -m benchmarks.transfer
 	$(BIN)/python -m benchmarks.cache_encode
 	$(BIN)/python -m benchmarks.cache_build --count 20000
 	$(BIN)/python -m benchmarks.train_overhead --cores 0,1
