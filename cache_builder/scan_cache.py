@@ -164,6 +164,8 @@ class _Table:
 
     def _search(self, name: bytes) -> _Entry | None:
         """The entry of `name`, wherever it stands."""
+        if not self._known:
+            return None
         hashes, places = self._index
         wanted = np.uint64(xxhash.xxh3_64_intdigest(name))
         first, last = np.searchsorted(hashes, wanted), np.searchsorted(hashes, wanted, side="right")
