@@ -35,6 +35,7 @@ bench: .venv/test.done
 	$(BIN)/python -m benchmarks.train_overhead --cores 0,1
 	$(BIN)/python -m benchmarks.start_time
 	$(BIN)/python -m benchmarks.service --pictures 200
+	$(BIN)/python -m benchmarks.dashboard
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'

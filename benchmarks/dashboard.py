@@ -86,16 +86,15 @@ def paints(address: str) -> dict[str, float] | None:
             tab = context.new_page()
             tab.set_default_timeout(120_000)
             tab.goto(address, wait_until="commit")
-            tab.wait_for_function(
-                "() => window.seen.drawn && performance.getEntriesByName('first-contentful-paint').length"
-            )
+            tab.wait_for_function("() => window.seen.ready && window.seen.drawn")
+            tab.wait_for_function(HAS_PAINTED)
             paint_ms = tab.evaluate(PAINT_MS)
             seen = tab.evaluate("window.seen")
             visits.append(
                 {"first paint": paint_ms / 1000, "figures": seen["ready"] / 1000, "curves": seen["drawn"] / 1000}
             )
             tab.goto(address + "healthz")
-            tab.wait_for_function("() => performance.getEntriesByName('first-contentful-paint').length")
+            tab.wait_for_function(HAS_PAINTED)
             visits[-1]["one word"] = tab.evaluate(PAINT_MS) / 1000
             context.close()
         browser.close()
@@ -103,6 +102,7 @@ def paints(address: str) -> dict[str, float] | None:
 
 
 PAINT_MS = "performance.getEntriesByName('first-contentful-paint')[0].startTime"
+HAS_PAINTED = "() => performance.getEntriesByName('first-contentful-paint').length"
 WATCH = """
 window.seen = {};
 const note = () => {

@@ -149,9 +149,8 @@ def _drawn(out: Path, arm: Arm) -> list[dict[str, Any]]:
     """Verdicts on the arm's pictures; drawn where they are not there yet."""
     folder = out / "images" / "_".join(one.name for one in arm.runs)
     experts = [part for one in arm.runs for part in ("--expert", str(out / "runs" / one.name))]
-    return _judged(
-        out, folder, ["generate-images", *experts, "--batch", "12", "--device", "cpu"], ["--model", str(MODEL)]
-    )
+    drawing = ["generate-images", *experts, "--model", str(MODEL), "--batch", "12", "--device", "cpu"]
+    return _judged(out, folder, drawing)
 
 
 def _drawn_by_start(out: Path) -> list[dict[str, Any]]:

@@ -49,8 +49,8 @@ Every batch is a function of a seed and the step, and a stopped run goes on wher
 with the same library versions, processor and number of threads. These weights were made with interruptions: the VAE's
 first 200 steps ran on one thread and all of it under an earlier form of the optimizer's clipping and weight decay; the
 average of the UNet's third run went through fp16, and from the fourth on they ran on one thread but for 189 steps; the
-text encoders had their second fit, from fp16 weights, between the UNet's last two runs. So the command above gives
-weights like these and not these bits. None of the combinations of kind and colour that
+text encoders had their second and third fits, from fp16 weights, before "windows" and "twins"; "pairs" began with fp16
+weights. So the command above gives weights like these and not these bits. None of the combinations of kind and colour that
 `demo.scene.held_out_combinations` names was ever shown to it. The words are those of `demo.captions.WORDS`.
 
 ## What it reaches
@@ -207,7 +207,9 @@ def _how_made(model: Path) -> str:
     runs = [
         f"  {number}. `{plan.name}`, {pictures[plan.pictures]}: timesteps {plan.timesteps[0]} to "
         f"{plan.timesteps[1] - 1}, {plan.batch} a step, "
-        f"Muon at {', '.join(f'{MUON_RATE * rate:g} to step {n}' for n, rate in plan.stages)};"
+        f"Muon at {', '.join(f'{MUON_RATE * rate:g} to step {n}' for n, rate in plan.stages)}"
+        + "".join(f", `{told}`" for told in plan.sets)
+        + ";"
         for number, plan in enumerate(UNET_RUNS, 1)
     ]
     return "\n".join(
