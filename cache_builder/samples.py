@@ -12,7 +12,7 @@ Whoever wants one sample takes samples[index], which is made when it is asked fo
 them takes a column, which is an array.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, overload
@@ -138,6 +138,7 @@ class Samples(Sequence[Sample]):
         self._readers: dict[Any, int] = {}
         self._reader_of: list[Callable[..., bytes]] = []
         self._plans: dict[tuple[int, ...], CropPlan] = {}
+        self._packer = msgpack.Packer(unicode_errors="surrogateescape")  # a new one takes longer than packing
 
     def add(
         self,
@@ -157,9 +158,9 @@ class Samples(Sequence[Sample]):
         if (reader := self._readers.get(found.read.func)) is None:
             reader = self._readers[found.read.func] = len(self._reader_of)
             self._reader_of.append(found.read.func)
-        numbers = len(self.datasets) - 1, reader, len(self._crops), len(crops), texts, text_count, at, size
+        first = self._crops.append(b"".join(crops)) // CROP.size
+        numbers = len(self.datasets) - 1, reader, first, len(crops), texts, text_count, at, size
         self._rows.append(ROW.pack(digest, facts_key, *size_hw, *numbers, is_sided, bool(found.meta)))
-        self._crops.append(b"".join(crops))
         self._facts.append(NO_FACTS if thumbnail is None else b"\1" + thumbnail)
 
     def add_text(self, text: str) -> int:
@@ -276,19 +277,16 @@ class Samples(Sequence[Sample]):
     def __iter__(self) -> Iterator[Sample]:
         return (self[index] for index in range(len(self)))
 
-    def _add_texts(self, captions: Iterable[str]) -> tuple[int, int]:
-        first = len(self._texts)
+    def _add_texts(self, captions: Sequence[str]) -> tuple[int, int]:
+        rows = b""
         for caption in captions:
             data = caption.encode()
-            self._texts.append(TEXT.pack(self._key_of_text(data), len(self._words), len(data)))
-            self._words.append(data)
-        return first, len(self._texts) - first
+            rows += TEXT.pack(self._key_of_text(data), self._words.append(data), len(data))
+        return self._texts.append(rows) // TEXT.size, len(captions)
 
     def _add_words(self, path: str, place: Sequence[Any], meta: Mapping[str, MetaValue]) -> tuple[int, int]:
-        data = msgpack.packb((path, place, meta), unicode_errors="surrogateescape")
-        at = len(self._words)
-        self._words.append(data)
-        return at, len(data)
+        data = self._packer.pack((path, place, meta))
+        return self._words.append(data), len(data)
 
     def _plan(self, numbers: tuple[int, ...]) -> CropPlan:
         if (plan := self._plans.get(numbers)) is None:

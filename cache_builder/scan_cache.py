@@ -25,7 +25,7 @@ import time
 from array import array
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import xxhash
@@ -35,6 +35,7 @@ from shared.scratch import Column
 
 Kind = Literal["picture", "caption"]
 State = tuple[int, int, int, int]  # size, mtime_ns, ctime_ns, inode
+_Entry = tuple[int, bytes, int, int]  # where it begins, its name, where its value begins and ends
 
 FOLDER = "scans"
 MAGIC, VERSION = b"SXSC", 3
@@ -105,15 +106,15 @@ class _Table:
         """The value of `name`, which nearly always comes behind the one that was asked for last."""
         with self._meeting:
             entry = self._entry(self._next)
-            if entry is not None and entry.name != name:
-                entry = self._entry(entry.end)  # one may be gone
-            if entry is None or entry.name != name:
+            if entry is not None and entry[1] != name:
+                entry = self._entry(entry[3])  # one may be gone
+            if entry is None or entry[1] != name:
                 entry = self._search(name)
             if entry is None:
                 return None
             self._count_last()
-            self._last, self._next = entry, entry.end
-            return bytes(self._known[entry.value_at : entry.end])
+            self._last, (_, _, value_at, self._next) = entry, entry
+            return bytes(self._known[value_at : self._next])
 
     def has(self, name: bytes) -> bool:
         """Whether earlier scans wrote a value."""
@@ -123,7 +124,7 @@ class _Table:
     def put(self, name: bytes, value: bytes) -> None:
         """Keep a value, in place of the one that was met last if it is of this name; from any thread."""
         with self._meeting:
-            if self._last is not None and self._last.name == name:
+            if self._last is not None and self._last[1] == name:
                 self._last = None
             self._count_last()
             self._add(_LENGTHS.pack(len(name), len(value)) + name + value)
@@ -141,52 +142,46 @@ class _Table:
     def _count_last(self) -> None:
         if (entry := self._last) is None:
             return
+        at, _, _, end = entry
         self._last = None
-        if self._others is None and entry.at == self._same:
-            self._same = entry.end
+        if self._others is None and at == self._same:
+            self._same = end
         else:
-            self._add(self._known[entry.at : entry.end])
+            self._add(self._known[at:end])
 
     def _add(self, entry: bytes | memoryview) -> None:
         if self._others is None:
             self._others = Column("u1", self._folder)
         self._others.append(entry)
 
-    def _entry(self, at: int) -> "_Entry | None":
+    def _entry(self, at: int) -> _Entry | None:
         if at >= len(self._known):
             return None
         name_length, value_length = _LENGTHS.unpack_from(self._known, at)
         name_at = at + _LENGTHS.size
         value_at = name_at + name_length
-        return _Entry(at, bytes(self._known[name_at:value_at]), value_at, value_at + value_length)
+        return at, bytes(self._known[name_at:value_at]), value_at, value_at + value_length
 
-    def _search(self, name: bytes) -> "_Entry | None":
+    def _search(self, name: bytes) -> _Entry | None:
         """The entry of `name`, wherever it stands."""
+        if not self._known:
+            return None
         hashes, places = self._index
         wanted = np.uint64(xxhash.xxh3_64_intdigest(name))
         first, last = np.searchsorted(hashes, wanted), np.searchsorted(hashes, wanted, side="right")
         entries = (self._entry(at) for at in places[first:last].tolist())
-        return next((entry for entry in entries if entry is not None and entry.name == name), None)
+        return next((entry for entry in entries if entry is not None and entry[1] == name), None)
 
     @functools.cached_property
     def _index(self) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
         """Hashes of all names, sorted, and where their entries begin."""
         hashes, places, at = array("Q"), array("Q"), 0
         while (entry := self._entry(at)) is not None:
-            hashes.append(xxhash.xxh3_64_intdigest(entry.name))
+            hashes.append(xxhash.xxh3_64_intdigest(entry[1]))
             places.append(at)
-            at = entry.end
+            at = entry[3]
         order = np.argsort(np.array(hashes, np.uint64), kind="stable")
         return np.array(hashes, np.uint64)[order], np.array(places, np.uint64)[order]
-
-
-class _Entry(NamedTuple):
-    """Where something known stands."""
-
-    at: int
-    name: bytes
-    value_at: int
-    end: int
 
 
 def cache_path(store: Path, dataset_id: str) -> Path:

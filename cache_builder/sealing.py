@@ -9,12 +9,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cache_builder.key_arrays import Flags, Indices, Keys, as_keys
+from cache_builder.key_arrays import KEY_DTYPE, Flags, Indices, Keys
 from cache_builder.keys import sample_ids_in
 from cache_builder.meta import meta_row
 from cache_builder.samples import Sample, Samples
 from shared.manifest_rows import ManifestRow, MetaType, Variant
 from shared.record import KEY_BYTES
+from shared.scratch import Column
 
 
 @dataclass(frozen=True)
@@ -34,10 +35,12 @@ class SampleRows:
 
     @functools.cached_property
     def _ids(self) -> Keys:
-        """The id of each sample."""
+        """The id of each sample, outside of memory."""
         ids_in = [sample_ids_in(dataset.id) for dataset in self.samples.datasets]
-        rows = self.samples.rows
-        return as_keys(ids_in[row["source"]](row["digest"].tobytes()) for row in rows)
+        ids = Column(KEY_DTYPE)
+        for row in self.samples.rows:
+            ids.append(ids_in[row["source"]](row["digest"].tobytes()))
+        return ids.array
 
     @functools.cached_property
     def _order(self) -> Indices:
@@ -45,9 +48,9 @@ class SampleRows:
         names = sorted({dataset.id for dataset in self.samples.datasets})
         ranks = np.array([names.index(dataset.id) for dataset in self.samples.datasets], np.uint32)
         rows = self.samples.rows
+        order: Indices = np.argsort(self._ids)
         height, width = self.samples.crops["target_hw"][rows["crops"]].T
-        order: Indices = np.lexsort((self._ids, width, height, ranks[rows["source"]]))
-        return order
+        return order[np.lexsort((width[order], height[order], ranks[rows["source"]][order]))]
 
     def _row(self, sample: Sample) -> ManifestRow:
         crops, meta = sample.crops, sample.meta

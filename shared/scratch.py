@@ -33,19 +33,22 @@ class Column:
         self._folder = folder
         self._file = open_scratch(folder)
         self._pending = bytearray()
-        self._written = 0
+        self._written = self._end = 0  # bytes
         self._array: Array = np.empty(0, self.dtype)
         self._view = memoryview(b"")
         weakref.finalize(self, os.close, self._file)
 
     def __len__(self) -> int:
-        return int((self._written + len(self._pending)) // self.dtype.itemsize)
+        return int(self._end // self.dtype.itemsize)
 
-    def append(self, rows: bytes | memoryview) -> None:
-        """Add whole rows."""
+    def append(self, rows: bytes | memoryview) -> int:
+        """Add whole rows; returns at which byte they begin."""
+        begin = self._end
         self._pending += rows
-        if len(self._pending) >= WRITTEN_AT_ONCE:
+        self._end = begin + len(rows)
+        if self._end - self._written >= WRITTEN_AT_ONCE:
             self._write()
+        return begin
 
     def put(self, at: int, row: bytes) -> None:
         """Replace one row; who has looked at `array` sees it there."""
@@ -73,7 +76,7 @@ class Column:
     def _write(self) -> None:
         if self._pending:
             self._write_all(self._pending, self._written)
-            self._written += len(self._pending)
+            self._written = self._end
             self._pending = bytearray()
 
     def _write_all(self, data: bytes | bytearray, at: int) -> None:
