@@ -252,8 +252,6 @@ HOSTILE: dict[str, tuple[Spoil, str]] = {
     "frames exchanged": (with_frames(swapped), "the record of another key"),
     "another frame": (with_frames(another), "another than its row says"),
     "no frame": (with_frames(lambda frames: [(name, b"") for name, _ in frames]), "only 0 bytes long"),
-    "compressed": (with_frames(lambda frames: frames, compression="zstd"), "not stored as they are"),
-    "dictionary": (with_frames(lambda frames: frames, use_dictionary=True), "not stored as they are"),
     "no manifest": (lambda folder: shutil.rmtree(folder / "manifests"), "has None bytes"),
     "a link": (lambda folder: relink(shards_of(folder)[0]), "bytes, not"),
 }
