@@ -2,7 +2,7 @@
 
 import * as parts from "./parts.js";
 import { bucketPlot, curvePlot, lossPlot, timestepPlot } from "./plots.js";
-import { several, size, whole } from "./words.js";
+import { capital, several, size, whole } from "./words.js";
 
 const $ = (selector) => document.querySelector(selector);
 const known = { status: null, runs: { runs: [], evaluation: null }, tags: new Map(), trouble: new Set() };
@@ -52,7 +52,7 @@ function renderStatus(status) {
   renderNow();
   document.title = `${service?.is_alive && service.state === "building" ? "building · " : ""}sdxl-experts`;
   const why = store.why ?? (store.data.length ? "" : "No manifest is sealed yet: the first build that completes seals one.");
-  parts.say($("#data .empty"), [why, ...(store.manifests_why ?? [])].filter(Boolean).join(" "));
+  parts.say($("#data .empty"), capital([why, ...store.manifests_why].filter(Boolean).join(" ")));
   parts.fill($("#data .tiles"), ...(store.why ? [] : parts.tiles(store)));
   $('[data-plot="buckets"]').hidden = !store.data.length;
   if (store.data.length) bucketPlot(merged(store.data));
@@ -84,8 +84,8 @@ function renderAside(store, service) {
 
 function renderManifests() {
   const rows = known.status?.store.manifests ?? [];
+  parts.say($("#manifests .empty"), rows.length ? "" : "None yet.");
   parts.fill($("#manifests .lines"), ...rows.map((one) => parts.manifestLine(one, known.runs.runs)));
-  if (!rows.length) $("#manifests .lines").append(parts.el("li", {}, "none yet"));
 }
 
 function renderRuns(answer) {

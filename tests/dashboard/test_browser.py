@@ -157,7 +157,7 @@ def test_it_fits_every_screen(browser: Any, tmp_path: Path, width: int, scheme: 
 def test_an_empty_page_says_what_to_do(browser: Any, tmp_path: Path) -> None:
     with page(tmp_path / "store") as (_, address), visit(browser, address) as seen:
         text = seen.locator("main").inner_text()
-        assert "there is no store at" in text
+        assert "There is no store at" in text
         assert "No training is shown" in text
         assert "No service runs" in text
 

@@ -6,6 +6,7 @@ import subprocess
 import threading
 import time
 from contextlib import suppress
+from http.client import HTTPException
 from pathlib import Path
 from urllib.request import urlopen
 
@@ -76,7 +77,7 @@ def ask(address: str, one: subprocess.Popen[str]) -> None:
     for name in itertools.cycle(ADDRESSES):
         if one.poll() is not None:
             return
-        with suppress(OSError), urlopen(address + name, timeout=2) as answer:
+        with suppress(OSError, HTTPException), urlopen(address + name, timeout=2) as answer:
             answer.read()
 
 
