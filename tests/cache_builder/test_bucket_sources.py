@@ -1,7 +1,6 @@
 """A data set in a bucket is the same as in a folder, in every form, and what has not changed is not read again."""
 
 import io
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -99,18 +98,15 @@ def test_shards_in_folders_and_by_patterns(bucket: str, tmp_path: Path) -> None:
         scan(f"{bucket}/shards/part/s-{{0,9}}.tar")
 
 
-@pytest.mark.slow
-def test_a_build_is_the_same(bucket: str, tmp_path: Path, tiny_model: Path, commands: object) -> None:
+def test_a_build_is_the_same(bucket: str, tmp_path: Path, tiny_model: Path, run_build: Build) -> None:
     write_folder(tmp_path / "pictures", ITEMS)
     upload(tmp_path / "pictures", f"{bucket}/build/pictures")
-    sets = ["images.resolution=64", "images.step=16"]
-    digests = []
-    for root, store in ((str(tmp_path / "pictures"), "here"), (f"{bucket}/build/pictures", "there")):
-        arguments = [root, "--store", tmp_path / store, "--model", tiny_model, "--device", "cpu", "--json"]
-        done = commands.run(*arguments, *(part for each in sets for part in ("--set", each)))  # type: ignore[attr-defined]
-        assert (done.code, done.errors) == (0, [])
-        digests.append(json.loads(done.out)["digest"])
-    assert digests[0] == digests[1] == open_manifest(tmp_path / "there", "main").digest
+    here = run_build([tmp_path / "pictures"], tmp_path / "here", tiny_model)
+    there = run_build([f"{bucket}/build/pictures"], tmp_path / "there", tiny_model, datasets=["pictures"])
+    assert there.digest == here.digest == open_manifest(tmp_path / "there", "main").digest
+    assert there.stored == len(ITEMS)
+    again = run_build([f"{bucket}/build/pictures"], tmp_path / "here", tiny_model, datasets=["pictures"])
+    assert (again.digest, again.stored) == (here.digest, 0)
 
 
 def test_what_has_not_changed_is_not_read(bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
