@@ -44,7 +44,8 @@ class Finished:
     @property
     def errors(self) -> list[str]:
         """Lines of stderr that are not progress."""
-        return [line for line in self.err.splitlines() if not line.startswith("loading ")]
+        lines = self.err.splitlines()
+        return [line for line in lines if not line.startswith("loading ") and not line.endswith(" s left")]
 
 
 class Running:
