@@ -210,7 +210,7 @@ def test_a_service_that_is_killed_while_it_builds_loses_nothing(
 
 
 def test_a_service_that_is_stopped_in_a_build_ends_with_75_and_goes_on(world: Path, services: Services) -> None:
-    write_shapes(world / "shapes", 400)  # seconds of work: the signal must come before its end
+    write_shapes(world / "shapes", 200)  # seconds of work: the signal must come before its end
     service = services.start(world)
     service.wait_for(lambda status: status["phase"] == "pictures" and status["done"] > 2)
     assert service.end() == 75
