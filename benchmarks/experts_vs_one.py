@@ -76,6 +76,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--draws", type=int, default=256, help="draws of the eval loss for each 100 timesteps")
     parser.add_argument("--at-once", type=int, default=os.cpu_count() or 1, help="trainers that share the cores")
     parser.add_argument("--rate", type=float, default=4e-4, help="Muon's learning rate, falling as a cosine")
+    parser.add_argument("--precision", default="fp32", help="of training: fp32 or bf16-mixed")
     return parser.parse_args(arguments)
 
 
@@ -118,6 +119,7 @@ def _train(out: Path, runs: Sequence[Run], options: argparse.Namespace) -> None:
             f"steps={one.steps}",
             f"seed={one.seed}",
             f"batch={options.batch}",
+            f"precision={options.precision}",
             *rates,
             *QUIET,
             *KINDS[one.kind],

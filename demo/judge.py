@@ -46,6 +46,17 @@ def judge(picture: Image.Image | Reading, asked: Scene | Expectation | str) -> V
     return _compare(reading, wanted or expect(str(asked)))
 
 
+def lends_its_kind(picture: Image.Image | Reading, asked: str) -> bool:
+    """Whether of two shapes, told apart by their colours, one has a wrong kind that is the other's."""
+    reading, shapes = picture if isinstance(picture, Reading) else read_picture(picture), expect(asked).shapes
+    kinds = {shape.colour: shape.kind for shape in reading.shapes}
+    return any(
+        kinds.get(own.colour) == other.kind != own.kind
+        for own, other in permutations(shapes, 2)
+        if own.colour != other.colour
+    )
+
+
 def _compare(reading: Reading, asked: Expectation) -> Verdict:
     """Take found shapes for wanted ones as it suits the picture best: "follows" asks for all at once anyway."""
     seen: list[Found | None] = [*reading.shapes[:MOST_FOUND]]

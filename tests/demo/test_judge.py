@@ -15,7 +15,7 @@ from PIL import Image, ImageChops, ImageFilter
 from demo.captions import Expectation, Wanted, describe, expect, expectation_of
 from demo.detail import measure_detail
 from demo.draw import draw
-from demo.judge import Verdict, judge
+from demo.judge import Verdict, judge, lends_its_kind
 from demo.reading import Reading, read_picture
 from demo.scene import COLOURS, GROUNDS, KINDS, RADII, SIZES_HW, Ground, Scene, Shape, make_scene
 
@@ -170,6 +170,25 @@ def test_each_aspect_is_judged_by_itself() -> None:
     empty = draw(replace(scene, shapes=()))
     verdict = judge(empty, "a red star left of a blue ring on white and grey stripes")
     assert verdict == Verdict(**dict.fromkeys(names, False) | {"ground": True, "size": False})
+
+
+def test_a_kind_is_lent_where_the_other_shape_has_it() -> None:
+    star, ring = Shape("star", "red", (30.0, 26.0), 17.0), Shape("ring", "blue", (40.0, 70.0), 23.0)
+    scene = Scene((96, 96), Ground("plain", "white"), (star, ring))
+    reading, twice = (
+        read_picture(draw(replace(scene, shapes=shapes)))
+        for shapes in ((star, ring), (star, replace(ring, kind="star")))
+    )
+    assert lends_its_kind(twice, "a red star left of a blue ring")
+    assert lends_its_kind(reading, "a red ring left of a blue star")  # each the other's
+    assert not lends_its_kind(twice, "a red star left of a blue star")
+    for right_or_otherwise_wrong in (
+        "a red star left of a blue ring",
+        "a red circle left of a blue ring",
+        "a red star left of a blue star",
+        "a red circle",
+    ):
+        assert not lends_its_kind(reading, right_or_otherwise_wrong), right_or_otherwise_wrong
 
 
 def noises(rng: np.random.Generator) -> list[Image.Image]:
