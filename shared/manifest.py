@@ -13,6 +13,7 @@ shared/manifest_rows.py and shared/manifest_columns.py.
 
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -63,10 +64,21 @@ class _ManifestAbsent(ManifestMismatch):
 
 @dataclass(frozen=True)
 class Bucket:
-    """The training rows of one bucket."""
+    """The rows of one split in one bucket, which are looked for when they are asked for: ten million take 80 MB."""
 
     hw: tuple[int, int]  # pixels
-    rows: np.ndarray[Any, np.dtype[np.int64]]
+    _runs: tuple[tuple[int, int], ...]  # rows of the bucket, of either split, from ... to
+    _split: np.ndarray[Any, np.dtype[np.int8]]  # of every row
+    _wanted: int
+
+    def __len__(self) -> int:
+        return sum(int(np.count_nonzero(self._split[start:end] == self._wanted)) for start, end in self._runs)
+
+    @property
+    def rows(self) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """Which rows of the manifest they are, ascending."""
+        found = [start + np.flatnonzero(self._split[start:end] == self._wanted) for start, end in self._runs]
+        return np.concatenate(found)
 
 
 class Manifest:
@@ -107,10 +119,10 @@ class Manifest:
         counts: np.ndarray[Any, np.dtype[np.int64]] = np.diff(self._table.column("variants").offsets.to_numpy())
         return counts.astype(np.int64)
 
-    def sample_heads(self) -> Heads:
-        """The first 32 bits of each row's sample id, uint32 [rows]: what parts are told by."""
-        ids = _keys(self._table.column("sample_id"))
-        return ids.view(">u4").reshape(-1, 4)[:, 0].astype(np.uint32)
+    def sample_heads(self, rows: np.ndarray[Any, Any] | None = None) -> Heads:
+        """The first 32 bits of the sample id of each row, or of `rows`, uint32: what parts are told by."""
+        heads = _keys(self._table.column("sample_id")).view(">u4").reshape(-1, 4)[:, 0]
+        return (heads if rows is None else heads[rows]).astype(np.uint32)
 
     def rows_in(self, parts: Sequence[Part]) -> Mask:
         """Whether each row belongs to one of `parts`, bool [rows]; of none, all do.
@@ -121,7 +133,7 @@ class Manifest:
             return np.ones(len(self), np.bool_)
         mask = in_any(parts, self.sample_heads())
         held_out = [int(row) for bucket in self.buckets("eval") for row in bucket.rows]
-        first = eval_order(self.sample_ids(held_out))[:PINNED_SAMPLES]
+        first = eval_order(self.sample_ids(held_out), PINNED_SAMPLES)
         mask[[held_out[i] for i in first]] = True
         return mask
 
@@ -168,14 +180,22 @@ class Manifest:
     def buckets(self, split: Split = "train") -> list[Bucket]:
         """Rows of `split` by bucket, smallest bucket first; the same bucket of several data sets is one."""
         hw = self._table.column("bucket_hw").flatten().to_numpy().reshape(-1, 2)
-        codes = self._table.column("split")
-        wanted = codes.dictionary.to_pylist().index(split) if split in codes.dictionary.to_pylist() else -1
-        chosen = np.flatnonzero(codes.indices.to_numpy() == wanted)
-        sizes, membership = np.unique(hw[chosen], axis=0, return_inverse=True)
-        membership = membership.reshape(-1)
-        return [
-            Bucket((int(h), int(w)), chosen[membership == index].astype(np.int64)) for index, (h, w) in enumerate(sizes)
-        ]
+        split_codes = self._table.column("split")
+        names = split_codes.dictionary.to_pylist()
+        wanted = names.index(split) if split in names else -1
+        runs: dict[tuple[int, int], list[tuple[int, int]]] = {}
+        for start, end in _runs_of(hw):
+            runs.setdefault((int(hw[start, 0]), int(hw[start, 1])), []).append((start, end))
+        found = [Bucket(size, tuple(of), split_codes.indices.to_numpy(), wanted) for size, of in sorted(runs.items())]
+        return [bucket for bucket in found if len(bucket)]
+
+
+def _runs_of(hw: np.ndarray[Any, np.dtype[np.int32]]) -> list[tuple[int, int]]:
+    """From where to where equal rows of `hw` follow each other."""
+    both = np.ascontiguousarray(hw).view(np.int64).reshape(-1)  # h and w as one number
+    starts = np.flatnonzero(both[1:] != both[:-1]) + 1
+    edges = [0, *starts.tolist(), len(both)] if len(both) else []
+    return list(itertools.pairwise(edges))
 
 
 def seal_manifest(

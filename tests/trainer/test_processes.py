@@ -20,7 +20,6 @@ from shared.errors import ConfigError
 from trainer.checkpoint import newest_checkpoint
 from trainer.loop import train_expert
 from trainer.processes import Processes, joined
-from trainer.sampler import own_micro_batches
 
 Start = Callable[..., Any]
 Events = Callable[..., list[dict[str, Any]]]
@@ -144,15 +143,6 @@ def test_micro_batches_that_cannot_be_shared_are_refused(world: Any, start: Star
     commands = start_two(start, world.arguments(tmp_path / "run", "accumulation=3", "steps=5"))
     assert [command.wait() for command in commands] == [64, 64]
     assert "accumulation 3 is not a multiple of 2 processes" in commands[0].errors()[-1]
-
-
-def test_each_takes_its_share_and_none_is_taken_twice() -> None:
-    for count, accumulation in ((1, 3), (2, 4), (4, 4), (3, 6)):
-        share = Processes(0, count, torch.device("cpu")).share(accumulation)
-        own = [own_micro_batches(process, share, accumulation) for process in range(count)]
-        for step in range(3):
-            taken = [mine(n) for mine in own for n in range(step * share, (step + 1) * share)]
-            assert taken == list(range(step * accumulation, (step + 1) * accumulation))
 
 
 def test_one_process_sends_no_message() -> None:
