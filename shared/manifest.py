@@ -20,6 +20,7 @@ import re
 import time
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -32,6 +33,7 @@ from pydantic import ValidationError
 
 from shared.atomic import sync_file, sync_folder, write_atomically
 from shared.errors import ConfigError, ManifestMismatch
+from shared.manifest_check import start_check
 from shared.manifest_columns import make_columns
 from shared.manifest_rows import (
     META,
@@ -82,9 +84,21 @@ class Bucket:
 
 
 class Manifest:
-    """A sealed manifest, memory-mapped."""
+    """A sealed manifest, memory-mapped.
 
-    def __init__(self, name: str, path: Path, table: pa.RecordBatch, parts: tuple[Part, ...] = ()) -> None:
+    Of one that is verified beside, what a row says is told when that is done, and raises ManifestMismatch where it was
+    damaged; how many rows there are, in which bucket and of which split, is told before.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        path: Path,
+        table: pa.RecordBatch,
+        parts: tuple[Part, ...] = (),
+        check: "Future[bool] | None" = None,
+    ) -> None:
+        self._check = check  # still going on; rows are read once it is done
         self.name = name
         self.path = path
         self.parts = parts  # those whose records this store has; () for all
@@ -93,12 +107,20 @@ class Manifest:
         self.settings = ManifestSettings.model_validate(card["settings"])
         self._table = table
 
+    def verified(self) -> None:
+        """Return once the whole file is known to be what was sealed; raises ManifestMismatch."""
+        if self._check is not None:
+            _require_sound(self.path, self._check)
+            self._check = None
+
     def latent_keys(self) -> np.ndarray[Any, np.dtype[np.bytes_]]:
         """Keys of the latents of every variant of every row, in order, S16 (numpy cuts trailing zeros)."""
+        self.verified()
         return _keys(self._table.column("variants").flatten().field("latent_key"))
 
     def text_keys(self) -> np.ndarray[Any, np.dtype[np.bytes_]]:
         """Keys of the texts of every row, in order, S16; the empty prompt's is in the settings."""
+        self.verified()
         return _keys(self._table.column("texts").flatten())
 
     def rows_naming(self, keys: Sequence[bytes]) -> list[int]:
@@ -111,11 +133,13 @@ class Manifest:
 
     def caption_counts(self) -> np.ndarray[Any, np.dtype[np.int64]]:
         """How many captions each row has, int64 [rows]."""
+        self.verified()
         counts: np.ndarray[Any, np.dtype[np.int64]] = np.diff(self._table.column("texts").offsets.to_numpy())
         return counts.astype(np.int64)
 
     def variant_counts(self) -> np.ndarray[Any, np.dtype[np.int64]]:
         """How many crops each row has, int64 [rows]."""
+        self.verified()
         counts: np.ndarray[Any, np.dtype[np.int64]] = np.diff(self._table.column("variants").offsets.to_numpy())
         return counts.astype(np.int64)
 
@@ -139,12 +163,14 @@ class Manifest:
 
     def original_sizes(self) -> np.ndarray[Any, np.dtype[np.int64]]:
         """Size of each row's picture, int64 [rows, 2], (h, w) in pixels."""
+        self.verified()
         flat = self._table.column("original_size_hw").flatten().to_numpy()
         sizes: np.ndarray[Any, np.dtype[np.int64]] = flat.reshape(-1, 2).astype(np.int64)
         return sizes
 
     def in_dataset(self, name: str) -> np.ndarray[Any, np.dtype[np.bool_]]:
         """Whether each row is of data set `name`, bool [rows]."""
+        self.verified()
         codes = self._table.column("dataset")
         known = codes.dictionary.to_pylist()
         is_in: np.ndarray[Any, np.dtype[np.bool_]] = codes.indices.to_numpy() == (
@@ -154,20 +180,24 @@ class Manifest:
 
     def meta(self, name: str) -> list[MetaValue | None]:
         """What travelled along in column meta_NAME, row by row; None where a row has nothing."""
+        self.verified()
         values: list[Any] = self._table.column(META + name).to_pylist()
         return [tuple(value) if isinstance(value, list) else value for value in values]
 
     def image_digests(self, indices: Sequence[int] | None = None) -> list[bytes]:
         """Digest of each row's picture, or of those at `indices`, in that order."""
+        self.verified()
         column = self._table.column("image_digest")
         return list((column if indices is None else column.take(pa.array(indices, pa.int64()))).to_pylist())
 
     def all_sample_ids(self) -> np.ndarray[Any, np.dtype[np.bytes_]]:
         """Ids of all rows, in order, S16 (numpy cuts trailing zeros)."""
+        self.verified()
         return _keys(self._table.column("sample_id"))
 
     def sample_ids(self, indices: Sequence[int]) -> list[bytes]:
         """Ids of the rows at `indices`, in that order."""
+        self.verified()
         return list(self._table.column("sample_id").take(pa.array(indices, pa.int64())).to_pylist())
 
     def __len__(self) -> int:
@@ -175,12 +205,18 @@ class Manifest:
 
     def rows(self, indices: Sequence[int] | np.ndarray[Any, Any]) -> list[ManifestRow]:
         """The rows at `indices`, in that order."""
+        self.verified()
         return [read_row(row) for row in self._table.take(pa.array(indices, pa.int64())).to_pylist()]
 
     def buckets(self, split: Split = "train") -> list[Bucket]:
         """Rows of `split` by bucket, smallest bucket first; the same bucket of several data sets is one."""
         hw = self._table.column("bucket_hw").flatten().to_numpy().reshape(-1, 2)
         split_codes = self._table.column("split")
+        try:
+            split_codes.dictionary.validate(full=True)
+        except pa.ArrowInvalid:
+            self.verified()
+            raise
         names = split_codes.dictionary.to_pylist()
         wanted = names.index(split) if split in names else -1
         runs: dict[tuple[int, int], list[tuple[int, int]]] = {}
@@ -229,26 +265,32 @@ def seal_manifest(
     return open_manifest(store, name)
 
 
-def open_manifest(store: Path, name: str, digest: str | None = None) -> Manifest:
-    """NAME's current manifest, or the one of `digest`; verified, then memory-mapped.
+def open_manifest(store: Path, name: str, digest: str | None = None, *, check_beside: bool = False) -> Manifest:
+    """NAME's current manifest, or the one of `digest`; verified, then memory-mapped, or mapped while it is verified.
 
     Raises ManifestMismatch where it is absent, damaged or of a newer format.
     """
     folder = manifest_folder(store, name)
     seal = _read_seal(folder, digest)
-    return map_manifest(name, folder / f"{seal['digest']}.arrow", seal)
+    return map_manifest(name, folder / f"{seal['digest']}.arrow", seal, check_beside=check_beside)
 
 
-def map_manifest(name: str, path: Path, seal: Mapping[str, Any]) -> Manifest:
-    """The manifest in the file `path`, verified by its seal and mapped; raises ManifestMismatch."""
+def map_manifest(name: str, path: Path, seal: Mapping[str, Any], *, check_beside: bool = False) -> Manifest:
+    """The manifest in the file `path`, verified by its seal and mapped; raises ManifestMismatch.
+
+    Reading gigabytes takes its time: `check_beside` verifies in a thread, and whoever asks for a row waits for it.
+    """
     try:
         hold = _hold(path)
         try:
+            check = start_check(hold, seal)
+            if not check_beside:
+                _require_sound(path, check)
             with pa.memory_map(str(path)) as mapped:
-                _check_bytes(path, mapped.read_buffer(), seal)
                 batch = pa.ipc.open_file(mapped).get_batch(0)
+            batch.validate()
             parts = joined_parts(parse_part(part) for part in seal.get("parts", ()))
-            manifest = Manifest(name, path, batch, parts)
+            manifest = Manifest(name, path, batch, parts, check)
         except BaseException:
             os.close(hold)
             raise
@@ -409,6 +451,10 @@ def _absent(folder: Path, digest: str | None) -> str:
     )
 
 
-def _check_bytes(path: Path, data: pa.Buffer, seal: Mapping[str, Any]) -> None:
-    if len(data) != seal["bytes"] or xxhash.xxh3_128(data).hexdigest() != seal["xxh3_128"]:
+def _require_sound(path: Path, check: "Future[bool]") -> None:
+    try:
+        is_sound = check.result()
+    except OSError as error:
+        raise _ManifestAbsent(f"manifest {path} cannot be read: {error}; build it again") from None
+    if not is_sound:
         raise _ManifestAbsent(f"manifest {path} is damaged (checksum); build it again")

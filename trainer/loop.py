@@ -30,7 +30,7 @@ from trainer.loss_bins import LossBins
 from trainer.meter import Meter
 from trainer.model_card import model_card
 from trainer.optim import Optimizer
-from trainer.partitions import own_micro_batches, own_places, partitions_read
+from trainer.partitions import own_micro_batches, own_places, partitions_read, partitions_text
 from trainer.processes import joined
 from trainer.run import Request, Run, make_order, open_run_together
 from trainer.saving import SaveTurns, surviving_a_full_disk
@@ -106,6 +106,8 @@ def train_expert(request: Request) -> int:
         trackers = config.log.trackers if processes.is_first else ()
         curves = Curves(run.folder, run.first_step, trackers, config.log.project, config.model_dump(mode="json"))
         seen = describe_view(run.manifest, pools)
+        if config.partitions > 1:
+            seen += f", {partitions_text(partitions, config.partitions)}"
         say(f"{config.name}: timesteps {config.range}, {seen}, {device}, {config.precision}")
         for line in objective_advice(config):
             run.log.write("advice", why=line)

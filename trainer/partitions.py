@@ -93,14 +93,14 @@ def require_partitions(manifest: Manifest, wanted: Sequence[int], partitions: in
         return
     store, held = manifest.path.parents[2], ", ".join(map(str, manifest.parts))
     if partitions == 1:
-        wants = "import the rest (cache-store import without --partition), or set partitions"
+        way_out = "import the rest (cache-store import without --partition), or set partitions"
     else:
-        wants = (
-            f"this process reads {_named(wanted, partitions)}: cache-store import --partition {lacking[0]}/{partitions}"
-        )
-    raise ConfigError(f"{store} has only part {held} of manifest {manifest.name!r}; {wants}")
+        reads = partitions_text(wanted, partitions)
+        way_out = f"this process reads {reads}: cache-store import --partition {lacking[0]}/{partitions}"
+    raise ConfigError(f"{store} has only part {held} of manifest {manifest.name!r}; {way_out}")
 
 
-def _named(numbers: Sequence[int], partitions: int) -> str:
+def partitions_text(numbers: Sequence[int], partitions: int) -> str:
+    """Some partitions, for people."""
     shown = ", ".join(f"{number}/{partitions}" for number in numbers[:4])
     return f"partition {shown}" + (f" and {len(numbers) - 4} more" if len(numbers) > 4 else "")

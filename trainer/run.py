@@ -341,7 +341,7 @@ def _same_manifest(request: Request, card: ExpertCard, partitions: Sequence[int]
 
 def _open(request: Request, name: str, digest: str | None, partitions: Sequence[int] | None) -> Manifest:
     """A manifest of whose `partitions` the store has all records, or, of None, of some; raises ConfigError if not."""
-    manifest, count = open_manifest(request.store, name, digest), request.config.partitions
+    manifest, count = open_manifest(request.store, name, digest, check_beside=True), request.config.partitions
     require_partitions(manifest, partitions or partitions_held(manifest, count) or range(count), count)
     return manifest
 
