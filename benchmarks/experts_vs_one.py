@@ -76,6 +76,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=32, help="pictures of an optimizer step")
     parser.add_argument("--draws", type=int, default=256, help="draws of the eval loss for each 100 timesteps")
     parser.add_argument("--at-once", type=int, default=os.cpu_count() or 1, help="trainers that share the cores")
+    parser.add_argument("--threads", type=int, default=0, help="of each trainer; 0 is its share of the cores")
     parser.add_argument("--model", type=Path, default=MODEL, help="what every arm begins with (default: %(default)s)")
     parser.add_argument("--prediction", choices=PREDICTIONS, default="v", help="what experts predict")
     parser.add_argument("--precision", default="fp32", help="of training: fp32 or bf16-mixed")
@@ -105,7 +106,7 @@ def _make_world(out: Path, pictures: int, prompts: int) -> None:
 
 def _train(out: Path, runs: Sequence[Run], options: argparse.Namespace) -> None:
     """Train what is not done yet, as many at once as asked, each on its share of the cores."""
-    share = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // options.at_once))}
+    share = {"OMP_NUM_THREADS": str(options.threads or max(1, (os.cpu_count() or 1) // options.at_once))}
 
     def train(one: Run) -> int:
         if steps_of(out / "runs" / one.name) >= one.steps:
