@@ -20,7 +20,7 @@ from shared.device import choose_device
 from shared.errors import StoreFull
 from shared.progress import say
 from shared.store import StoreReader
-from trainer.advice import objective_advice
+from trainer.advice import describe_timesteps, objective_advice
 from trainer.config import ExpertConfig
 from trainer.data import BatchReader, read_null_text
 from trainer.loop import predict_in_precision
@@ -108,7 +108,7 @@ def rehearse(request: Request, *, with_timing: bool = True) -> Rehearsal:
     per_epoch = order.epoch_start(8) / 8 / config.accumulation
     return Rehearsal(
         name=config.name,
-        timesteps=str(config.range),
+        timesteps=describe_timesteps(config),
         goes_on_after=done,
         steps=config.steps,
         samples=len({int(row) for pool in pools for row in pool.rows}),
