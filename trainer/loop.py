@@ -34,6 +34,7 @@ from trainer.processes import joined
 from trainer.run import Request, Run, make_order, open_run_together
 from trainer.sampler import own_micro_batches
 from trainer.saving import SaveTurns, surviving_a_full_disk
+from trainer.start import start_advice
 from trainer.trackers import Curves
 from trainer.trained import export_of, kept_weights, load_trained, restore_average, seed_layers
 from trainer.unet import ConditionedUnet
@@ -106,7 +107,7 @@ def train_expert(request: Request) -> int:
         curves = Curves(run.folder, run.first_step, trackers, config.log.project, config.model_dump(mode="json"))
         seen = describe_view(run.manifest, pools)
         say(f"{config.name}: timesteps {describe_timesteps(config)}, {seen}, {device}, {config.precision}")
-        for line in objective_advice(config):
+        for line in [*objective_advice(config), *start_advice(config, request.model, request.start)]:
             run.log.write("advice", why=line)
             say(f"note: {line}")
 
