@@ -24,6 +24,8 @@ VARIATIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("loss.caption_dropout={low=0.17, high=0.05}",),
         ("loss.caption_dropout={low=0.3, high=0.17}",),
     ),
+    "overlap 50": (("loss.overlap=50",), ("loss.overlap=50",)),
+    "jitter 50": (("loss.overlap={width=50, jitter=true}",), ("loss.overlap={width=50, jitter=true}",)),
 }
 
 
