@@ -7,9 +7,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 T = 1000
-KINDS = {  # what is trained, as settings of train-expert
-    "full": (),
+KINDS = {  # what is trained, as settings of train-expert; each at the best rate for the one model, of those tried
+    "full": ("optimizer.name=adamw", "optimizer.learning_rate=2e-4"),
     "lora": ("adapter.rank=16", "adapter.alpha=16", "optimizer.name=adamw", "optimizer.learning_rate=2e-3"),
+}
+PREDICTIONS = {
+    "v": (),  # as the start model's: v-prediction, zero-terminal SNR
+    "epsilon": ("schedule.prediction_type=epsilon", "schedule.zero_terminal_snr=false"),
 }
 # The same pair with something of its own in one expert or in both: (of the high-noise expert, of the low-noise one).
 VARIATIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -20,6 +24,8 @@ VARIATIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("loss.caption_dropout={low=0.17, high=0.05}",),
         ("loss.caption_dropout={low=0.3, high=0.17}",),
     ),
+    "overlap 50": (("loss.overlap=50",), ("loss.overlap=50",)),
+    "jitter 50": (("loss.overlap={width=50, jitter=true}",), ("loss.overlap={width=50, jitter=true}",)),
 }
 
 

@@ -35,17 +35,16 @@ def stretches(boundaries: Iterable[int], num_timesteps: int = 1000) -> list[Time
 
 
 def losses_of(
-    run: Path, model: Path, store: Path, cuts: Sequence[TimestepRange], draws: int
-) -> tuple[Stretches, Stretches]:
-    """(of the expert, of the start model) over the cuts in the expert's range, `draws` for each 100 timesteps."""
+    run: Path, model: Path, store: Path, cuts: Sequence[TimestepRange], draws: int, *, of_start: bool = False
+) -> Stretches:
+    """Of the expert, or of the model it began with, over the cuts in its range, `draws` for each 100 timesteps."""
     checkpoint = open_expert(run)
     with StoreReader(store) as reader:
         bench = open_bench(store, reader, None, [checkpoint])
         line = line_up([checkpoint], model, None, bench.manifest.settings, is_whole=False)
         start, expert = line.candidates
         inside = [cut for cut in cuts if cut.low in checkpoint.card.facts.timesteps]
-        found = [_measured(line, who, inside, bench, draws) for who in (expert, start)]
-    return found[0], found[1]
+        return _measured(line, start if of_start else expert, inside, bench, draws)
 
 
 def verdicts_of(folder: Path) -> list[dict[str, Any]]:

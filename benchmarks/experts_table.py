@@ -69,6 +69,12 @@ def loss_gains(results: Mapping[str, Any], kind: str, arm: str, inside: Callable
     )
 
 
+def bin_gains(results: Mapping[str, Any], kind: str, arm: str) -> list[tuple[int, int, Gain]]:
+    """(low, high, relative change of the loss against the one model's) of each stretch that losses are told for."""
+    pairs = [[_bins(_losses(results, each)) for each in pair] for pair in _pairs(results, kind, arm)]
+    return [(*edges, over_seeds([own[edges] / one[edges] - 1 for own, one in pairs])) for edges in sorted(pairs[0][0])]
+
+
 def picture_gains(results: Mapping[str, Any], kind: str, arm: str, which: str, what: str) -> Gain | None:
     """Difference of a number of each picture against the one model's, over the prompts of a set ("" for all)."""
     by_prompt: dict[str, list[float]] = {}
@@ -143,6 +149,10 @@ def _pairs(results: Mapping[str, Any], kind: str, name: str) -> Iterable[tuple[A
 def _losses(results: Mapping[str, Any], arm: Mapping[str, Any]) -> Losses:
     """Of each stretch, by whoever answers for it."""
     return {key: one for name in arm["runs"] for key, one in results["runs"][name]["losses"].items()}
+
+
+def _bins(losses: Losses) -> dict[tuple[int, int], float]:
+    return {(low, high): loss for one in losses.values() for low, high, loss, _ in one["bins"]}
 
 
 def _loss(losses: Losses, inside: Callable[[int, int], bool]) -> float:

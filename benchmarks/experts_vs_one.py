@@ -18,7 +18,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.experts_arms import KINDS, Arm, Run, arms, variations
+from benchmarks.experts_arms import KINDS, PREDICTIONS, Arm, Run, arms, variations
 from benchmarks.experts_judge import losses_of, steps_of, stretches, verdicts_of
 from demo.commands import run, start
 from demo.prompts import PICTURE_HW, SIZES_HW
@@ -38,21 +38,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     asked = list(_asked(options))
     runs = list(dict.fromkeys(one for arm, _ in asked for one in arm.runs))
     _train(out, runs, options)
-    of_start: dict[str, Any] = {}
-    for one in runs:
-        _measure(out, one, options)
-        of_start |= _read(_losses_file(out, one))["start"]
     results = {
-        "settings": {key: value for key, value in vars(options).items() if key != "out"},
-        "start": {"losses": of_start, "pictures": _drawn_by_start(out)},
-        "runs": {one.name: asdict(one) | {"losses": _read(_losses_file(out, one))["own"]} for one in runs},
+        "settings": {
+            key: str(value) if key == "model" else value for key, value in vars(options).items() if key != "out"
+        },
+        "start": {
+            "losses": _losses(out, "start", runs[0], options, of_start=True),  # the first covers the whole schedule
+            "pictures": _drawn_by_start(out, options.model),
+        },
+        "runs": {one.name: asdict(one) | {"losses": _losses(out, one.name, one, options)} for one in runs},
         "arms": [
             {
                 "name": arm.name,
                 "kind": kind,
                 "seed": seed,
                 "runs": [one.name for one in arm.runs],
-                "pictures": _drawn(out, arm),
+                "pictures": _drawn(out, arm, options.model),
             }
             for arm, (kind, seed) in asked
         ],
@@ -75,7 +76,9 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=32, help="pictures of an optimizer step")
     parser.add_argument("--draws", type=int, default=256, help="draws of the eval loss for each 100 timesteps")
     parser.add_argument("--at-once", type=int, default=os.cpu_count() or 1, help="trainers that share the cores")
-    parser.add_argument("--rate", type=float, default=4e-4, help="Muon's learning rate, falling as a cosine")
+    parser.add_argument("--threads", type=int, default=0, help="of each trainer; 0 is its share of the cores")
+    parser.add_argument("--model", type=Path, default=MODEL, help="what every arm begins with (default: %(default)s)")
+    parser.add_argument("--prediction", choices=PREDICTIONS, default="v", help="what experts predict")
     parser.add_argument("--precision", default="fp32", help="of training: fp32 or bf16-mixed")
     return parser.parse_args(arguments)
 
@@ -103,16 +106,11 @@ def _make_world(out: Path, pictures: int, prompts: int) -> None:
 
 def _train(out: Path, runs: Sequence[Run], options: argparse.Namespace) -> None:
     """Train what is not done yet, as many at once as asked, each on its share of the cores."""
-    share = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // options.at_once))}
+    share = {"OMP_NUM_THREADS": str(options.threads or max(1, (os.cpu_count() or 1) // options.at_once))}
 
     def train(one: Run) -> int:
         if steps_of(out / "runs" / one.name) >= one.steps:
             return 0
-        rates = (
-            ()
-            if one.kind == "lora"
-            else (f"optimizer.muon_rate={options.rate}", f"optimizer.learning_rate={options.rate / 10}")
-        )
         sets = (
             f"name={one.name}",
             f"timesteps={{low={one.low}, high={one.high}}}",
@@ -120,12 +118,19 @@ def _train(out: Path, runs: Sequence[Run], options: argparse.Namespace) -> None:
             f"seed={one.seed}",
             f"batch={options.batch}",
             f"precision={options.precision}",
-            *rates,
             *QUIET,
             *KINDS[one.kind],
+            *PREDICTIONS[options.prediction],
             *one.sets,
         )
-        places = ["--store", str(out / "store"), "--model", str(MODEL), "--output", str(out / "runs" / one.name)]
+        places = [
+            "--store",
+            str(out / "store"),
+            "--model",
+            str(options.model),
+            "--output",
+            str(out / "runs" / one.name),
+        ]
         command = ["train-expert", "--config", str(CONFIGS / "expert.toml"), *places, "--device", "cpu"]
         return start([*command, *(part for one_set in sets for part in ("--set", one_set))], share).wait()
 
@@ -134,29 +139,27 @@ def _train(out: Path, runs: Sequence[Run], options: argparse.Namespace) -> None:
             raise SystemExit(f"not trained: {', '.join(failed)}")
 
 
-def _measure(out: Path, one: Run, options: argparse.Namespace) -> None:
-    path = _losses_file(out, one)
-    if path.exists():
-        return
-    path.parent.mkdir(exist_ok=True)
-    own, of_start = losses_of(out / "runs" / one.name, MODEL, out / "store", stretches(CUTS), options.draws)
-    write_atomically(path, json.dumps({"own": own, "start": of_start}).encode())
+def _losses(out: Path, name: str, one: Run, options: argparse.Namespace, *, of_start: bool = False) -> Any:
+    """Of a run, or of what it began with; measured where they are not there yet."""
+    path = out / "losses" / f"{name}.json"
+    if not path.exists():
+        path.parent.mkdir(exist_ok=True)
+        run_folder, store, cuts = out / "runs" / one.name, out / "store", stretches(CUTS)
+        found = losses_of(run_folder, options.model, store, cuts, options.draws, of_start=of_start)
+        write_atomically(path, json.dumps(found).encode())
+    return _read(path)
 
 
-def _losses_file(out: Path, one: Run) -> Path:
-    return out / "losses" / f"{one.name}.json"
-
-
-def _drawn(out: Path, arm: Arm) -> list[dict[str, Any]]:
+def _drawn(out: Path, arm: Arm, model: Path) -> list[dict[str, Any]]:
     """Verdicts on the arm's pictures; drawn where they are not there yet."""
     folder = out / "images" / "_".join(one.name for one in arm.runs)
     experts = [part for one in arm.runs for part in ("--expert", str(out / "runs" / one.name))]
-    drawing = ["generate-images", *experts, "--model", str(MODEL), "--batch", "12", "--device", "cpu"]
+    drawing = ["generate-images", *experts, "--model", str(model), "--batch", "12", "--device", "cpu"]
     return _judged(out, folder, drawing)
 
 
-def _drawn_by_start(out: Path) -> list[dict[str, Any]]:
-    return _judged(out, out / "images" / "start", [sys.executable, "-m", "demo.pipeline", str(MODEL)])
+def _drawn_by_start(out: Path, model: Path) -> list[dict[str, Any]]:
+    return _judged(out, out / "images" / "start", [sys.executable, "-m", "demo.pipeline", str(model)])
 
 
 def _judged(out: Path, folder: Path, command: list[str]) -> list[dict[str, Any]]:

@@ -17,6 +17,8 @@ from demo.score import Judged, Score, judge_folder, score, score_sets
 from demo.shapes import OneLineParser
 from shared.atomic import write_atomically
 from shared.runlog import read_events
+from trainer.page_tables import STYLE as TABLE_STYLE
+from trainer.page_tables import table
 
 CLIP = Path("demo/model/clip")
 DRAWERS = {"start": "start model", "pair": "both experts"}
@@ -29,15 +31,13 @@ COLUMNS = {
     "position": "position",
     "ground": "ground",
     "sharpness": "sharpness",
-    "edge_error_px": "edge error, px",
+    "edge_error_px": "edge error, px",
     "clip": "CLIP",
 }
 SHARES = ("follows", "kind", "colour", "relation", "size", "position", "ground")
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 76rem; padding: 0 1rem; color: #222; }
-table { border-collapse: collapse; margin: 1rem 0; }
-th, td { padding: .2rem .5rem; text-align: right; border-bottom: 1px solid #ddd; }
-th:first-child, td:first-child, td:nth-child(2) { text-align: left; white-space: nowrap; }
+th, td { padding: .2rem .35rem; } td.text { white-space: nowrap; }
 .grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(13.5rem, 1fr)); gap: 1rem; }
 figure { margin: 0; } figure img { width: 96px; height: 96px; image-rendering: pixelated; border: 3px solid; }
 .right { border-color: #2a9d4a !important; } .wrong { border-color: #d33 !important; }
@@ -90,8 +90,8 @@ def as_text(scores: Mapping[str, Mapping[str, Score]]) -> str:
 
 def _page(out: Path, judged: Mapping[str, list[Judged]], scores: Mapping[str, Mapping[str, Score]]) -> str:
     parts = [
-        "<!doctype html><html lang=en><meta charset=utf-8><title>The small world</title>",
-        f"<style>{STYLE}</style><h1>The small world</h1>",
+        "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>",
+        f"<title>The small world</title><style>{TABLE_STYLE}{STYLE}</style><h1>The small world</h1>",
         "<p>Both experts began with <code>demo/model</code> and learned their own timesteps at once. Here they draw "
         "together, beside the start model alone, from the same noise. A judge without a network reads every picture: "
         "<em>follows</em> is the number of shapes, each one's kind and colour, and how they stand, all right in one "
@@ -109,27 +109,30 @@ def _page(out: Path, judged: Mapping[str, list[Judged]], scores: Mapping[str, Ma
 
 
 def _table(scores: Mapping[str, Mapping[str, Score]]) -> str:
-    head = "".join(f"<th>{title}</th>" for title in ("", "", "pictures", *COLUMNS.values()))
     rows = []
     for name in (*SETS, "all"):
         for drawer, title in DRAWERS.items():
             if of := scores[drawer].get(name):
-                cells = "".join(f"<td>{_shown(column, getattr(of, column))}</td>" for column in COLUMNS)
-                label = html.escape(SETS.get(name, name))
-                rows.append(f"<tr><td>{label}</td><td>{title}</td><td>{of.pictures}</td>{cells}</tr>")
-    return f"<table><tr>{head}</tr>{''.join(rows)}</table>"
+                cells = [_shown(column, getattr(of, column)) for column in COLUMNS]
+                rows.append([html.escape(SETS.get(name, name)), title, str(of.pictures), *cells])
+    return table(["", "", "pictures", *COLUMNS.values()], rows, texts=2)
 
 
 def _eval_losses(out: Path) -> str:
     """What the experts' logs say of held-out pictures, averaged weights; nothing where none was measured."""
-    rows = []
+    measured: dict[str, dict[int, float]] = {}
     for path in sorted((out / "runs").glob("*/events.jsonl")):
-        measured = {e["step"]: e.get("loss_ema", e["loss"]) for e in read_events(path) if e["event"] == "eval"}
-        cells = "".join(f"<td>{loss:.4f} at {step}</td>" for step, loss in measured.items())
-        rows += [f"<tr><td>{html.escape(path.parent.name)}</td><td></td>{cells}</tr>"] if measured else []
-    if not rows:
+        losses = {e["step"]: e.get("loss_ema", e["loss"]) for e in read_events(path) if e["event"] == "eval"}
+        measured |= {path.parent.name: losses} if losses else {}
+    if not measured:
         return ""
-    return f"<p>Loss on held-out pictures, each expert on its own timesteps, by step:</p><table>{''.join(rows)}</table>"
+    steps = sorted({step for losses in measured.values() for step in losses})
+    rows = [
+        [html.escape(name), *(f"{losses[step]:.4f}" if step in losses else "" for step in steps)]
+        for name, losses in measured.items()
+    ]
+    lines = table(["", *(f"step {step}" for step in steps)], rows)
+    return f"<p>Loss on held-out pictures, each expert on its own timesteps:</p>{lines}"
 
 
 def _shown(column: str, value: float | None) -> str:

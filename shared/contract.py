@@ -98,6 +98,15 @@ class StartFacts(_Facts):
     """The adapter that it is, if it is one."""
 
 
+class OverlapFacts(_Facts):
+    """Timesteps beyond its range that an expert was trained on too."""
+
+    width: int
+    """How many, at each edge where another expert goes on."""
+    jitter: bool
+    """Whether each step drew how far its edges lie, from 0 to width."""
+
+
 class ExpertFacts(_Facts):
     """Recorded, may differ in a pair: who the expert is, and how its inputs are built."""
 
@@ -131,6 +140,8 @@ class ExpertFacts(_Facts):
     """What unet/ and ema/ hold in place of a whole UNet, if the expert is an adapter."""
     start: StartFacts | None = None
     """The expert that training started from, if it was one."""
+    overlap: OverlapFacts | None = None
+    """What it was trained on beyond its range, if anything; it answers for its range alone."""
     manifests: tuple[ManifestUse, ...]
     """Manifests it was trained on, in order."""
 

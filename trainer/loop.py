@@ -17,7 +17,7 @@ from shared.errors import DataError, Stopped
 from shared.progress import progress, say
 from shared.stopping import stop_requests
 from shared.store import StoreReader
-from trainer.advice import objective_advice
+from trainer.advice import describe_timesteps, objective_advice
 from trainer.checkpoint import TrainingState, save_checkpoint
 from trainer.compiled import compile_blocks, recompiling_is_an_error, warm_up
 from trainer.config import ExpertConfig
@@ -34,6 +34,7 @@ from trainer.partitions import own_micro_batches, own_places, partitions_read, p
 from trainer.processes import joined
 from trainer.run import Request, Run, make_order, open_run_together
 from trainer.saving import SaveTurns, surviving_a_full_disk
+from trainer.start import start_advice
 from trainer.trackers import Curves
 from trainer.trained import export_of, kept_weights, load_trained, restore_average, seed_layers
 from trainer.unet import ConditionedUnet
@@ -108,13 +109,13 @@ def train_expert(request: Request) -> int:
         seen = describe_view(run.manifest, pools)
         if config.partitions > 1:
             seen += f", {partitions_text(partitions, config.partitions)}"
-        say(f"{config.name}: timesteps {config.range}, {seen}, {device}, {config.precision}")
-        for line in objective_advice(config):
+        say(f"{config.name}: timesteps {describe_timesteps(config)}, {seen}, {device}, {config.precision}")
+        for line in [*objective_advice(config), *start_advice(config, request.model, request.start)]:
             run.log.write("advice", why=line)
             say(f"note: {line}")
 
         held_out = HeldOut(run, store, loss, device) if processes.is_first else None
-        bins = LossBins(config.range, device)
+        bins = LossBins(loss.trained, device)
         meter, save_turns = Meter(config.batch * config.accumulation), SaveTurns(config.checkpoint)
         advance_bar = progress(config.name, config.steps, "steps", run.first_step)
         with closing(batches), closing(curves), recompiling_is_an_error(config.compile), advance_bar as advance:

@@ -29,6 +29,7 @@ from shared.seeding import make_generator
 from trainer.batch import Batch
 from trainer.caption_dropout import drop_captions, dropout_shares
 from trainer.config import LossConfig
+from trainer.overlap import drawn_range, widest_range
 from trainer.timestep_bias import timestep_shares
 
 # (x_t [B, 4, h, w], t int64 [B], text, time_ids [B, 6]) -> prediction [B, 4, h, w]
@@ -47,6 +48,11 @@ class DenoisingLoss:
     seed: int
     null_text: PromptEmbeds | None = None  # [1, ...], in place of captions that are dropped; None: zeros
 
+    @property
+    def trained(self) -> TimestepRange:
+        """Every timestep that training may draw: the range, and what overlaps with others'."""
+        return widest_range(self.settings.overlap, self.within, len(self.schedule))
+
     @cached_property
     def _dropout_shares(self) -> Tensor:
         return dropout_shares(self.settings.caption_dropout, self.within).to(self.schedule.device)
@@ -56,10 +62,11 @@ class DenoisingLoss:
         return cumulate(timestep_shares(self.settings.timestep_bias, self.within)).to(self.schedule.device)
 
     def timesteps(self, step: int, count: int, device: torch.device) -> Tensor:
-        """Timesteps of all `count` samples of optimizer step `step`, int64 [count], stratified over the range."""
+        """Timesteps of all `count` samples of optimizer step `step`, int64 [count], stratified over its range."""
         generator = make_generator(self.seed, "t", step, device=device)
         if self.settings.timestep_bias.strategy == "none":
-            return sample_timesteps(self.within, count, generator)
+            within = drawn_range(self.settings.overlap, self.within, len(self.schedule), self.seed, step)
+            return sample_timesteps(within, count, generator)
         return sample_biased_timesteps(self.within, self._bias_sums, count, generator)
 
     def __call__(self, predict: Predict, batch: Batch, t: Tensor) -> Tensor:
@@ -68,7 +75,8 @@ class DenoisingLoss:
         Offset noise (Guttenberg 2023, "Diffusion with offset noise") belongs to eps, so it is learned; input
         perturbation (Ning et al. 2023, arXiv:2301.11706) is shown to the UNet and not asked of it.
         """
-        batch = drop_captions(batch, self._dropout_shares[t - self.within.low], self.null_text, self.seed)
+        shares = self._dropout_shares[t.clamp(self.within.low, self.within.high - 1) - self.within.low]
+        batch = drop_captions(batch, shares, self.null_text, self.seed)
         posterior_eps, eps = self.noise("posterior", batch), self.noise("eps", batch)
         if self.settings.offset_noise:
             a_pixel = batch.moments.mean[..., :1, :1]

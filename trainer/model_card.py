@@ -130,6 +130,9 @@ def _made_of(facts: ExpertFacts, datasets: Sequence[str]) -> Iterable[str]:
     if facts.start:
         own = TimestepRange(facts.start.low, facts.start.high)
         yield f"weights that training started from: expert {code(facts.start.name)} {own}, step {facts.start.step}"
+    if facts.overlap:
+        reach = "up to" if facts.overlap.jitter else "with"
+        yield f"timesteps beyond its own: trained {reach} {facts.overlap.width} at each edge where a partner goes on"
     yield f"layout {code(facts.layout)}, null prompt {code(facts.null_prompt)}, precision {code(facts.precision)}"
     if facts.layout == "sdxl-refiner":
         yield f"aesthetic score {facts.aesthetic_score:g}, of the null prompt {facts.negative_aesthetic_score:g}"

@@ -20,7 +20,7 @@ from shared.device import choose_device
 from shared.errors import StoreFull
 from shared.progress import say
 from shared.store import StoreReader
-from trainer.advice import objective_advice
+from trainer.advice import describe_timesteps, objective_advice
 from trainer.config import ExpertConfig
 from trainer.data import BatchReader, read_null_text
 from trainer.loop import predict_in_precision
@@ -31,6 +31,7 @@ from trainer.partitions import PartitionedOrder, partitions_held
 from trainer.rotation import WITH_OPTIMIZER
 from trainer.run import Prospect, Request, look_at_run
 from trainer.sampler import Pool
+from trainer.start import start_advice
 from trainer.trained import load_trained
 from trainer.unet import ConditionedUnet
 from trainer.view import row_count, view_of
@@ -110,7 +111,7 @@ def rehearse(request: Request, *, with_timing: bool = True) -> Rehearsal:
     per_epoch = order.per_epoch(8) / config.accumulation
     return Rehearsal(
         name=config.name,
-        timesteps=str(config.range),
+        timesteps=describe_timesteps(config),
         goes_on_after=done,
         steps=config.steps,
         samples=sum(map(row_count, pools)),
@@ -126,7 +127,7 @@ def rehearse(request: Request, *, with_timing: bool = True) -> Rehearsal:
         checkpoint_bytes=whole + averaged + state,
         kept_bytes=keeps * (whole + averaged) + min(keeps, WITH_OPTIMIZER) * state,
         bytes_free=shutil.disk_usage(_there(request.output)).free,
-        notes=objective_advice(config),
+        notes=[*objective_advice(config), *start_advice(config, request.model, request.start)],
     )
 
 

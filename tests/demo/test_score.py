@@ -109,6 +109,7 @@ def test_the_report_shows_every_picture_and_escapes_what_it_says(
     assert "&lt;script&gt;" in page
     assert page.count("<img class=right") == 11
     assert page.count("<img class=wrong") == 1
+    assert page.count("<table") == page.count("<div class=wide><table") == 1  # tables scroll, the page does not
     scores = json.loads((tmp_path / "scores.json").read_text())
     assert (scores["pair"]["all"]["follows"], scores["start"]["all"]["follows"]) == (1.0, round(5 / 6, 4))
     with Image.open(tmp_path / "images" / "sheet.png") as sheet:
