@@ -12,20 +12,15 @@ shared/manifest_rows.py and shared/manifest_columns.py.
 """
 
 import fcntl
-import hashlib
-import itertools
 import json
 import os
 import re
 import time
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-import msgpack
 import numpy as np
 import pyarrow as pa
 import xxhash
@@ -33,20 +28,22 @@ from pydantic import ValidationError
 
 from shared.atomic import sync_file, sync_folder, write_atomically
 from shared.errors import ConfigError, ManifestMismatch
-from shared.manifest_check import start_check
+from shared.manifest_buckets import Bucket, buckets_of
+from shared.manifest_check import Check, ManifestAbsent, require_sound, start_check
 from shared.manifest_columns import make_columns
 from shared.manifest_rows import (
+    MANIFEST_FORMAT,
     META,
     ManifestRow,
     ManifestSettings,
     MetaValue,
     Split,
+    manifest_digest,
     read_row,
     schema_of,
 )
 from shared.parts import PINNED_SAMPLES, Heads, Mask, Part, eval_order, in_any, joined_parts, parse_part
 
-MANIFEST_FORMAT = 1
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _METADATA_KEY = b"sdxl-experts"
@@ -60,29 +57,6 @@ class SizedRows(Protocol):
     def __iter__(self) -> Iterator[ManifestRow]: ...
 
 
-class _ManifestAbsent(ManifestMismatch):
-    """A manifest that is not there, or not whole; building it again helps."""
-
-
-@dataclass(frozen=True)
-class Bucket:
-    """The rows of one split in one bucket, which are looked for when they are asked for: ten million take 80 MB."""
-
-    hw: tuple[int, int]  # pixels
-    _runs: tuple[tuple[int, int], ...]  # rows of the bucket, of either split, from ... to
-    _split: np.ndarray[Any, np.dtype[np.int8]]  # of every row
-    _wanted: int
-
-    def __len__(self) -> int:
-        return sum(int(np.count_nonzero(self._split[start:end] == self._wanted)) for start, end in self._runs)
-
-    @property
-    def rows(self) -> np.ndarray[Any, np.dtype[np.int64]]:
-        """Which rows of the manifest they are, ascending."""
-        found = [start + np.flatnonzero(self._split[start:end] == self._wanted) for start, end in self._runs]
-        return np.concatenate(found)
-
-
 class Manifest:
     """A sealed manifest, memory-mapped.
 
@@ -90,15 +64,8 @@ class Manifest:
     damaged; how many rows there are, in which bucket and of which split, is told before.
     """
 
-    def __init__(
-        self,
-        name: str,
-        path: Path,
-        table: pa.RecordBatch,
-        parts: tuple[Part, ...] = (),
-        check: "Future[bool] | None" = None,
-    ) -> None:
-        self._check = check  # still going on; rows are read once it is done
+    def __init__(self, name: str, path: Path, table: pa.RecordBatch, parts: tuple[Part, ...], check: Check) -> None:
+        self._check: Check | None = check  # still going on; rows are read once it is done
         self.name = name
         self.path = path
         self.parts = parts  # those whose records this store has; () for all
@@ -110,7 +77,7 @@ class Manifest:
     def verified(self) -> None:
         """Return once the whole file is known to be what was sealed; raises ManifestMismatch."""
         if self._check is not None:
-            _require_sound(self.path, self._check)
+            require_sound(self.path, self._check)
             self._check = None
 
     def latent_keys(self) -> np.ndarray[Any, np.dtype[np.bytes_]]:
@@ -218,20 +185,7 @@ class Manifest:
             self.verified()
             raise
         names = split_codes.dictionary.to_pylist()
-        wanted = names.index(split) if split in names else -1
-        runs: dict[tuple[int, int], list[tuple[int, int]]] = {}
-        for start, end in _runs_of(hw):
-            runs.setdefault((int(hw[start, 0]), int(hw[start, 1])), []).append((start, end))
-        found = [Bucket(size, tuple(of), split_codes.indices.to_numpy(), wanted) for size, of in sorted(runs.items())]
-        return [bucket for bucket in found if len(bucket)]
-
-
-def _runs_of(hw: np.ndarray[Any, np.dtype[np.int32]]) -> list[tuple[int, int]]:
-    """From where to where equal rows of `hw` follow each other."""
-    both = np.ascontiguousarray(hw).view(np.int64).reshape(-1)  # h and w as one number
-    starts = np.flatnonzero(both[1:] != both[:-1]) + 1
-    edges = [0, *starts.tolist(), len(both)] if len(both) else []
-    return list(itertools.pairwise(edges))
+        return buckets_of(hw, split_codes.indices.to_numpy(), names.index(split) if split in names else -1)
 
 
 def seal_manifest(
@@ -285,7 +239,7 @@ def map_manifest(name: str, path: Path, seal: Mapping[str, Any], *, check_beside
         try:
             check = start_check(hold, seal)
             if not check_beside:
-                _require_sound(path, check)
+                require_sound(path, check)
             with pa.memory_map(str(path)) as mapped:
                 batch = pa.ipc.open_file(mapped).get_batch(0)
             batch.validate()
@@ -296,9 +250,9 @@ def map_manifest(name: str, path: Path, seal: Mapping[str, Any], *, check_beside
             raise
         weakref.finalize(manifest, os.close, hold)
     except (OSError, pa.ArrowException, ValidationError, KeyError, ValueError, TypeError, ConfigError) as error:
-        raise _ManifestAbsent(f"manifest {path} is damaged: {str(error).splitlines()[0]}; build it again") from None
+        raise ManifestAbsent(f"manifest {path} is damaged: {str(error).splitlines()[0]}; build it again") from None
     if manifest.digest != seal["digest"]:
-        raise _ManifestAbsent(f"manifest {path} is not the one its seal names")
+        raise ManifestAbsent(f"manifest {path} is not the one its seal names")
     return manifest
 
 
@@ -342,23 +296,11 @@ def list_manifests(store: Path) -> list[str]:
     return sorted(path.parent.name for path in (store / "manifests").glob("*/current.json"))
 
 
-def manifest_digest(settings: ManifestSettings, ordered: Iterable[ManifestRow]) -> str:
-    """blake2b-256, hex, over the format version, the settings and the rows in order."""
-    digest = hashlib.blake2b(digest_size=32)
-    digest.update(msgpack.packb([MANIFEST_FORMAT, json.dumps(settings.as_json(), sort_keys=True)]))
-    for row in ordered:
-        variants = [[v.latent_key, v.flip, *v.crop_top_left, *v.target_hw] for v in row.variants]
-        fields = [row.dataset, row.sample_id, row.path, row.image_digest, row.original_hw, row.bucket_hw]
-        meta = [[row.meta.get(name) for name in sorted(settings.meta)]] if settings.meta else []
-        digest.update(msgpack.packb([*fields, variants, row.text_keys, row.split, *meta], use_bin_type=True))
-    return digest.hexdigest()
-
-
 def _sound(store: Path, name: str, digest: str | None = None) -> Manifest | None:
     """The manifest, or None where it is absent or damaged: it is then made anew."""
     try:
         return open_manifest(store, name, digest)
-    except _ManifestAbsent:
+    except ManifestAbsent:
         return None
 
 
@@ -402,21 +344,21 @@ def manifest_folder(store: Path, name: str) -> Path:
 
 def _read_seal(folder: Path, digest: str | None) -> dict[str, Any]:
     if digest is not None and not _DIGEST.fullmatch(digest):
-        raise _ManifestAbsent(f"{digest!r} is no digest of a manifest")
+        raise ManifestAbsent(f"{digest!r} is no digest of a manifest")
     path = folder / (f"{digest}.json" if digest else "current.json")
     try:
         seal = json.loads(path.read_text())
         version, _, _ = seal["format"], seal["digest"], seal["bytes"]
     except FileNotFoundError:
-        raise _ManifestAbsent(_absent(folder, digest)) from None
+        raise ManifestAbsent(_absent(folder, digest)) from None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise _ManifestAbsent(f"{path} is damaged: {error}; build it again") from None
+        raise ManifestAbsent(f"{path} is damaged: {error}; build it again") from None
     if version != MANIFEST_FORMAT:
         raise ManifestMismatch(
             f"{path} is of manifest format {version}; this program reads {MANIFEST_FORMAT}: update it"
         )
     if not _DIGEST.fullmatch(str(seal["digest"])) or digest not in (None, seal["digest"]):
-        raise _ManifestAbsent(f"{path} is damaged: it names another digest; build it again")
+        raise ManifestAbsent(f"{path} is damaged: it names another digest; build it again")
     return dict(seal)
 
 
@@ -427,7 +369,7 @@ def _hold(path: Path) -> int:
         fcntl.flock(hold, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(hold)
-        raise _ManifestAbsent(f"manifest {path} is being dropped") from None
+        raise ManifestAbsent(f"manifest {path} is being dropped") from None
     except OSError:
         pass  # a file system without locks: reading goes before protection
     return hold
@@ -449,12 +391,3 @@ def _absent(folder: Path, digest: str | None) -> str:
     return f"no manifest {folder.name!r} in {store}; " + (
         f"there are: {', '.join(known)}" if known else "a build that completes makes one (cache-build)"
     )
-
-
-def _require_sound(path: Path, check: "Future[bool]") -> None:
-    try:
-        is_sound = check.result()
-    except OSError as error:
-        raise _ManifestAbsent(f"manifest {path} cannot be read: {error}; build it again") from None
-    if not is_sound:
-        raise _ManifestAbsent(f"manifest {path} is damaged (checksum); build it again")

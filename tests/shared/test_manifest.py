@@ -24,8 +24,8 @@ from hypothesis import strategies as st
 import shared.manifest
 import shared.manifest_check
 from shared.errors import ConfigError, ManifestMismatch
-from shared.manifest import Manifest, list_manifests, manifest_digest, open_manifest, seal_manifest
-from shared.manifest_rows import ManifestRow, ManifestSettings, Variant
+from shared.manifest import Manifest, list_manifests, open_manifest, seal_manifest
+from shared.manifest_rows import ManifestRow, ManifestSettings, Variant, manifest_digest
 from tests.stores import key, settings
 
 SETTINGS = settings(("cats", "dogs"), build={"resolution": 1024, "split": {"salt": "s", "fraction": 0.02}}, prompts={})
