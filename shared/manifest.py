@@ -245,6 +245,8 @@ def map_manifest(name: str, path: Path, seal: Mapping[str, Any], *, check_beside
             batch.validate()
             parts = joined_parts(parse_part(part) for part in seal.get("parts", ()))
             manifest = Manifest(name, path, batch, parts, check)
+            if not batch.schema.equals(schema_of(manifest.settings)):
+                require_sound(path, check)
         except BaseException:
             os.close(hold)
             raise
