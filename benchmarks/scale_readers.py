@@ -58,9 +58,9 @@ def measure_readers(store: Path, *, cold: bool, count: int = 2) -> list[dict[str
 
 
 def _read(store: Path, barrier: Any) -> dict[str, float]:
-    before = _memory_mb()
+    before = memory_mb()
     barrier.wait()
-    with _Peak() as peak, StoreReader(store) as reader:
+    with Peak() as peak, StoreReader(store) as reader:
         began_s, began_cpu_s = time.perf_counter(), time.process_time()
         manifest = open_manifest(store, "main", check_beside=True)
         open_s = time.perf_counter() - began_s
@@ -77,7 +77,7 @@ def _read(store: Path, barrier: Any) -> dict[str, float]:
         for index in range(DRAWN):
             _look_up(manifest, order[index * (per_epoch // DRAWN or 1)])
         drawn_s = (time.perf_counter() - at_s) / DRAWN
-        after = _memory_mb()
+        after = memory_mb()
         at_s = time.perf_counter()
         _look_up(manifest, order[per_epoch + 1])
         next_epoch_s = time.perf_counter() - at_s
@@ -103,20 +103,20 @@ def _damaged(path: str, why: str) -> None:
     raise RuntimeError(f"{path}: {why}")
 
 
-def _memory_mb() -> dict[str, float]:
-    """Fields of smaps_rollup, MB."""
+def memory_mb() -> dict[str, float]:
+    """Memory of this process: fields of smaps_rollup, MB."""
     lines = [line.split() for line in Path("/proc/self/smaps_rollup").read_text().splitlines()[1:]]
     return {name.rstrip(":"): int(value) / 1000 for name, value, _ in lines}
 
 
-class _Peak:
+class Peak:
     """The most anonymous memory that this process had, looked at every 10 ms."""
 
     def __init__(self) -> None:
         self.most_mb, self._ended = 0.0, threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
-    def __enter__(self) -> "_Peak":
+    def __enter__(self) -> "Peak":
         self._thread.start()
         return self
 
@@ -126,4 +126,4 @@ class _Peak:
 
     def _watch(self) -> None:
         while not self._ended.wait(0.01):
-            self.most_mb = max(self.most_mb, _memory_mb()["Anonymous"])
+            self.most_mb = max(self.most_mb, memory_mb()["Anonymous"])

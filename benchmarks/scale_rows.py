@@ -49,11 +49,6 @@ class GeneratedRows:
             yield from _rows(number, hw, share + (number < rest))
 
 
-def latent_key_of(bucket: int, index: int) -> bytes:
-    """Key of the latents of sample `index` of a bucket."""
-    return _random(bucket, index // AT_ONCE)[index % AT_ONCE, :16].tobytes()
-
-
 def _rows(bucket: int, hw: tuple[int, int], count: int) -> Iterator[ManifestRow]:
     for first in range(0, count, AT_ONCE):
         block = _random(bucket, first // AT_ONCE).tobytes()

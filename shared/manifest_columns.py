@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from shared.errors import DataError
 from shared.manifest_rows import ManifestRow, column_value
 from shared.scratch import open_scratch
 
@@ -20,7 +21,10 @@ ROWS_AT_ONCE = 4096
 
 
 def make_columns(schema: pa.Schema, ordered: Iterable[ManifestRow], folder: Path) -> list[pa.Array]:
-    """The columns of the rows `ordered`; the unnamed files are in `folder`."""
+    """The columns of the rows `ordered`; the unnamed files are in `folder`.
+
+    Raises DataError where a column of text is more than Arrow's offsets can tell, 2 GiB.
+    """
     plain = pa.schema([field.with_type(_plain_type(field.type)) for field in schema])
     table = _mapped(plain, _batches(plain, ordered), folder)
     return [_whole(field, table.column(field.name), folder) for field in schema]
@@ -34,11 +38,16 @@ def _batches(schema: pa.Schema, ordered: Iterable[ManifestRow]) -> Iterator[pa.R
 
 
 def _whole(field: pa.Field, pieces: pa.ChunkedArray, folder: Path) -> pa.Array:
-    if pa.types.is_dictionary(field.type):
-        coded = pieces.combine_chunks().dictionary_encode()
-        whole = pa.DictionaryArray.from_arrays(coded.indices.cast(field.type.index_type), coded.dictionary)
-    else:
+    try:
         whole = pieces.combine_chunks()
+    except pa.ArrowInvalid as error:  # offsets of 32 bits
+        raise DataError(
+            f"column {field.name!r} of the manifest has more than 2 GiB of text: give some of the data sets a manifest "
+            "of their own (--manifest)"
+        ) from error
+    if pa.types.is_dictionary(field.type):
+        coded = whole.dictionary_encode()
+        whole = pa.DictionaryArray.from_arrays(coded.indices.cast(field.type.index_type), coded.dictionary)
     schema = pa.schema([field])
     return _mapped(schema, [pa.record_batch([whole], schema=schema)], folder).column(0).chunk(0)
 

@@ -23,7 +23,8 @@ from hypothesis import strategies as st
 
 import shared.manifest
 import shared.manifest_check
-from shared.errors import ConfigError, ManifestMismatch
+import shared.manifest_columns
+from shared.errors import ConfigError, DataError, ManifestMismatch
 from shared.manifest import Manifest, list_manifests, open_manifest, seal_manifest
 from shared.manifest_rows import ManifestRow, ManifestSettings, Variant, manifest_digest
 from tests.stores import key, settings
@@ -467,3 +468,12 @@ def test_buckets_hold_the_rows_of_their_split_wherever_they_lie(kinds: list[tupl
             found = {bucket.hw: bucket.rows.tolist() for bucket in manifest.buckets(split)}  # type: ignore[arg-type]
             assert found == {hw: of for hw, of in sorted(expected.items()) if of}
             assert [len(bucket) for bucket in manifest.buckets(split)] == [*map(len, found.values())]  # type: ignore[arg-type]
+
+
+@pytest.mark.slow
+def test_more_text_than_a_column_can_have_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared.manifest_columns, "ROWS_AT_ONCE", 8)
+    rows = AsTheyCome([replace(ROWS[0], path="x" * (1 << 26))] * 33)
+    with pytest.raises(DataError, match=r"column 'path' of the manifest has more than 2 GiB of text.*--manifest"):
+        seal(tmp_path, rows=rows, in_order=True)  # type: ignore[arg-type]
+    assert list_manifests(tmp_path) == []
