@@ -11,34 +11,17 @@ import numpy as np
 from PIL import Image
 
 from shared.manifest import seal_manifest
-from shared.manifest_rows import ManifestRow, ManifestSettings, Split, Variant
+from shared.manifest_rows import ManifestRow, Split, Variant
 from shared.preview import Preview, write_preview
 from shared.record import encode_record
 from shared.store import StoreWriter
+from tests.stores import key as key_of
+from tests.stores import settings
 
 BUCKETS = ((64, 64), (80, 48), (48, 80), (96, 40))
 AT_ONCE = 2000
-SETTINGS = ManifestSettings(
-    vae_digest="aa" * 32,
-    scaling_factor=0.13025,
-    latent_channels=4,
-    downscale=8,
-    latents="moments",
-    text_digests={"text_encoder": "bb", "tokenizer": "cc"},
-    text_widths=(8, 8),
-    pooled_width=8,
-    text_chunks=1,
-    null_text_key="dd" * 16,
-    zeros_for_empty_prompt=True,
-    datasets=("pictures",),
-    build={"images": {"background": [255, 255, 255], "resample": "lanczos"}},
-)
+SETTINGS = settings(("pictures",), prompts={})
 PREVIEW = Preview(np.full((4, 3), 0.1), np.full(3, 0.5), 64)
-
-
-def key_of(*parts: object) -> bytes:
-    """A record key, as if it were of these contents."""
-    return hashlib.blake2b(repr(parts).encode(), digest_size=16).digest()
 
 
 def write_store(

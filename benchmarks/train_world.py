@@ -12,11 +12,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.full_size import BASE, SSD_1B
 from shared.config import load_config
 from shared.manifest import seal_manifest
 from shared.manifest_rows import ManifestRow, ManifestSettings, Variant
 from shared.record import encode_record
 from shared.store import StoreWriter
+from tests.stores import settings
 from trainer.config import ExpertConfig
 from trainer.run import Request
 
@@ -52,29 +54,11 @@ def _unet(channels: tuple[int, ...], heads: tuple[int, ...], text_width: int, po
     }
 
 
-_SDXL = {
-    "sample_size": 128,
-    "block_out_channels": (320, 640, 1280),
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "transformer_layers_per_block": (1, 2, 10),
-    "attention_head_dim": (5, 10, 20),
-    "use_linear_projection": True,
-    "cross_attention_dim": 2048,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
-_SSD_1B = _SDXL | {
-    "mid_block_type": None,
-    "transformer_layers_per_block": ((1, 1), (2, 2), (4, 4)),
-    "reverse_transformer_layers_per_block": ((4, 4, 10), (2, 1, 1), (1, 1, 1)),
-}
 SHAPES = {
     "tiny": Shape(_unet((16, 32, 48), (1, 2, 3), 56, 32), (24, 32), 32, 64),
     "20M": Shape(_unet((64, 128, 224), (1, 2, 4), 192, 128), (64, 128), 128, 128),
-    "ssd-1b": Shape(_SSD_1B, (768, 1280), 1280, 1024),
-    "sdxl": Shape(_SDXL, (768, 1280), 1280, 1024),
+    "ssd-1b": Shape(SSD_1B, (768, 1280), 1280, 1024),
+    "sdxl": Shape(BASE, (768, 1280), 1280, 1024),
 }
 
 
@@ -129,21 +113,8 @@ def _text(shape: Shape, key: bytes, rng: np.random.Generator) -> bytes:
 
 
 def _settings(shape: Shape, null: bytes) -> ManifestSettings:
-    return ManifestSettings(
-        vae_digest="00" * 32,
-        scaling_factor=0.13025,
-        latent_channels=4,
-        downscale=DOWNSCALE,
-        latents="moments",
-        text_digests={"text_encoder": "00", "text_encoder_2": "00"},
-        text_widths=shape.text_widths,
-        pooled_width=shape.pooled_width,
-        text_chunks=1,
-        null_text_key=null.hex(),
-        zeros_for_empty_prompt=True,
-        datasets=("noise",),
-        build={},
-    )
+    widths = {"text_widths": shape.text_widths, "pooled_width": shape.pooled_width}
+    return settings(("noise",), null_text_key=null.hex(), prompts={}, **widths)
 
 
 def _row(shape: Shape, index: int) -> ManifestRow:

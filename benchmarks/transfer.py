@@ -24,9 +24,10 @@ from cache_builder.transfer.store_export import export_store
 from cache_builder.transfer.store_import import import_store
 from shared.atomic import sync_file
 from shared.manifest import seal_manifest
-from shared.manifest_rows import ManifestRow, ManifestSettings, Variant
+from shared.manifest_rows import ManifestRow, Variant
 from shared.parts import Part
 from shared.store import StoreWriter
+from tests.stores import settings
 
 PARTS = 8
 EDGE = 1024  # pixels
@@ -43,22 +44,9 @@ def write_store(store: Path, count: int) -> None:
         for first in range(0, count + 1, SAMPLES_AT_ONCE):
             indices = range(first, min(count + 1, first + SAMPLES_AT_ONCE))
             writer.put_many([record for index in indices for record in records_of(MOMENTS, index)])
-    settings = ManifestSettings(
-        vae_digest="00" * 32,
-        scaling_factor=0.13025,
-        latent_channels=4,
-        downscale=8,
-        latents="moments",
-        text_digests={},
-        text_widths=(768, 1280),
-        pooled_width=1280,
-        text_chunks=1,
-        null_text_key=digest_of(f"text {count}").hex(),
-        zeros_for_empty_prompt=True,
-        datasets=("pictures",),
-        build={"images": {"background": [255, 255, 255], "resample": "lanczos"}},
-    )
-    seal_manifest(store, "main", settings, list(rows(count)))
+    widths = {"text_widths": (768, 1280), "pooled_width": 1280}
+    declared = settings(("pictures",), null_text_key=digest_of(f"text {count}").hex(), prompts={}, **widths)
+    seal_manifest(store, "main", declared, list(rows(count)))
 
 
 def rows(count: int) -> Iterator[ManifestRow]:

@@ -14,38 +14,27 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any, get_args
+from typing import get_args
 
 import numpy as np
 import torch
 
+from benchmarks.full_size import VAE
 from cache_builder.buckets import plan_crop
 from cache_builder.pixels import decode_picture
-from demo.model_files import VAE_SCALING_FACTOR, write_diffusers_model
+from demo.model_files import write_diffusers_model
 from demo.shapes import write_shapes
 from demo.tiny_model import random_weights
 from shared.pictures import EXTENSIONS, PixelLimits, PixelRules
 from shared.vae import EncodeDtype, Vae
-
-SDXL_VAE: dict[str, Any] = {
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "block_out_channels": (128, 256, 512, 512),
-    "layers_per_block": 2,
-    "norm_num_groups": 32,
-    "latent_channels": 4,
-    "sample_size": 1024,
-    "scaling_factor": VAE_SCALING_FACTOR,
-    "force_upcast": True,
-}
 
 
 def write_random_sdxl(model: Path) -> Path:
     """A model folder with nothing but SDXL's VAE, its weights random."""
     from diffusers import AutoencoderKL
 
-    weights = random_weights(0, "vae", lambda: AutoencoderKL(**SDXL_VAE))
-    write_diffusers_model(model / "vae", "AutoencoderKL", SDXL_VAE, weights)
+    weights = random_weights(0, "vae", lambda: AutoencoderKL(**VAE))
+    write_diffusers_model(model / "vae", "AutoencoderKL", VAE, weights)
     return model
 
 

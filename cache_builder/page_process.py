@@ -1,10 +1,12 @@
 """The page beside the service: `python -m dashboard`, a process of its own session, which outlives a killed service.
 
 The page writes STORE/service/page.json (pid, host, port, created_s); a service that starts takes over the page that a
-killed one left, where it was started by the same command, and else ends it. One that dies is started again, after a
-pause that doubles up to a minute. What it says goes to STORE/service/page.log.
+killed one left, where it was started by the same command, and else ends it. One that dies, or hangs (page_health.py)
+and is ended for that, is started again, after a pause that doubles up to a minute. What it says goes to
+STORE/service/page.log.
 """
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -15,6 +17,7 @@ from pathlib import Path
 import psutil
 
 from cache_builder.build_process import own_code
+from cache_builder.page_health import PageHealth
 from cache_builder.serve_config import ServeConfig
 from shared.progress import say
 from shared.runlog import RunLog
@@ -28,17 +31,21 @@ SAME_START_S = 1.0  # clocks of /proc are coarse
 class PageProcess:
     """Looked at now and then; alive or about to be started again."""
 
-    def __init__(self, command: Sequence[str], folder: Path, log: RunLog) -> None:
-        """A page that `command` starts and that writes page.json into `folder`."""
-        self._command, self._folder, self._log = list(command), folder, log
+    def __init__(self, command: Sequence[str], folder: Path, log: RunLog, hung_s: float) -> None:
+        """A page that `command` starts, that writes page.json into `folder`, and that hangs after silence, seconds."""
+        self._command, self._folder, self._log, self._hung_s = list(command), folder, log, hung_s
         self._pause_s, self._start_at_s, self._began_s = 1.0, 0.0, 0.0
         self._process: psutil.Process | psutil.Popen | None = self._left_behind()
+        self._health = PageHealth(folder / "page.json", hung_s)
 
     def look(self) -> None:
-        """Start the page if it is not there and it is time."""
+        """Start the page if it is not there and it is time; end one that hangs."""
         now_s = time.monotonic()
         if self._process is not None and not _is_alive(self._process):
-            self._note_end(now_s)
+            self._note_end(now_s, _last_line(self._folder / "page.log"))
+        elif self._process is not None and self._health.is_hung(now_s):
+            _kill(self._process)
+            self._note_end(now_s, f"it had answered nothing for {self._hung_s:g} s")
         if self._process is None and now_s >= self._start_at_s:
             self._start(now_s)
 
@@ -47,6 +54,7 @@ class PageProcess:
         if self._process is not None and _is_alive(self._process):
             _end(self._process)
             self._log.write("page_end", pid=self._process.pid, said="")
+        self._health.close()
         self._process = None
 
     def _start(self, now_s: float) -> None:
@@ -61,13 +69,14 @@ class PageProcess:
                 start_new_session=True,
             )
         self._began_s = now_s
+        self._health = PageHealth(self._folder / "page.json", self._hung_s)
         self._log.write("page_start", pid=self._process.pid)
 
-    def _note_end(self, now_s: float) -> None:
+    def _note_end(self, now_s: float, said: str) -> None:
         assert self._process is not None
+        self._health.close()
         if now_s - self._began_s > LIVED_S:
             self._pause_s = 1.0
-        said = _last_line(self._folder / "page.log")
         self._log.write("page_end", pid=self._process.pid, said=said)
         say(f"the page has ended{f' ({said})' if said else ''}; it is started again in {self._pause_s:g} s")
         self._process = None
@@ -137,6 +146,12 @@ def _end(process: psutil.Process | psutil.Popen) -> None:
         process.kill()
     except psutil.Error:
         return
+
+
+def _kill(process: psutil.Process | psutil.Popen) -> None:
+    with contextlib.suppress(psutil.Error):
+        process.kill()
+        process.wait(END_S)
 
 
 def _last_line(log: Path) -> str:

@@ -68,7 +68,7 @@ def serve(config: ServeConfig, options: ServeOptions = ServeOptions()) -> None:
         stack.callback(_note_stop, status, log)
         builds = _Builds(config, options, model, status, log)
         stack.callback(builds.kill)
-        page = PageProcess(options.page_command or page_command(config), folder, log)
+        page = PageProcess(options.page_command or page_command(config), folder, log, config.page.hung_s)
         if config.page.enabled:
             shown = "localhost" if config.page.host in ("0.0.0.0", "::") else config.page.host
             say(f"the page: http://{shown}:{config.page.port}")

@@ -62,6 +62,8 @@ class PageRules(Config):
     """File whose text everybody who asks must know."""
     allowed_hosts: tuple[str, ...] = ()
     """Further names that it may be asked by, such as this machine's in the network."""
+    hung_s: float = Field(60.0, gt=0)
+    """A page that answers nothing for so long is ended and started again, seconds."""
 
     @model_validator(mode="after")
     def _is_guarded(self) -> "PageRules":

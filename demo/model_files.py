@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 TEXT_LENGTH = 77
+SDXL_BLOCKS = {
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+}
 VAE_SCALING_FACTOR = 0.13025  # SDXL's: its latents spread by about 1/0.13025
 
 

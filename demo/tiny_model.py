@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from demo.model_files import (
     EOS,
+    SDXL_BLOCKS,
     VAE_SCALING_FACTOR,
     base_index,
     make_vocabulary,
@@ -163,8 +164,7 @@ def _sdxl_unet() -> dict[str, Any]:
     return {
         "sample_size": 16,
         "norm_num_groups": 8,
-        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        **SDXL_BLOCKS,
         "block_out_channels": (16, 32, 48),
         "attention_head_dim": (1, 2, 3),
         "transformer_layers_per_block": (1, 1, 1),

@@ -21,6 +21,7 @@ from demo.commands import run
 from demo.fit_plan import FitPlan
 from demo.model_files import (
     EOS,
+    SDXL_BLOCKS,
     base_index,
     text_name,
     unet_settings,
@@ -216,8 +217,7 @@ def unet_config() -> dict[str, Any]:
     return {
         "sample_size": 12,
         "norm_num_groups": 16,
-        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        **SDXL_BLOCKS,
         "block_out_channels": (96, 128, 128),
         "attention_head_dim": (1, 2, 2),  # by its old name the number of heads
         "transformer_layers_per_block": (1, 1, 1),

@@ -23,6 +23,7 @@ from shared.errors import DataError
 from shared.lease import Lease, holder
 from shared.original_reading import MARKS, Part, foreign_names, read_parts
 from shared.original_settings import fitted
+from shared.pipeline_index import pipeline_index
 from shared.progress import say
 from shared.room import require_room
 from shared.tensor_file import file_bytes, read_lazily, read_metadata, write_lazily
@@ -36,15 +37,6 @@ _WEIGHTS_FILE = {
     "vae": "diffusion_pytorch_model.safetensors",
     "text_encoder": "model.safetensors",
     "text_encoder_2": "model.safetensors",
-}
-_CLASSES = {
-    "scheduler": ["diffusers", "EulerDiscreteScheduler"],
-    "text_encoder": ["transformers", "CLIPTextModel"],
-    "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
-    "tokenizer": ["transformers", "CLIPTokenizer"],
-    "tokenizer_2": ["transformers", "CLIPTokenizer"],
-    "unet": ["diffusers", "UNet2DConditionModel"],
-    "vae": ["diffusers", "AutoencoderKL"],
 }
 _CHUNK_BYTES = 16 << 20
 
@@ -171,10 +163,8 @@ def _schedule(original: Original) -> dict[str, Any]:
 
 
 def _index(original: Original, given: Mapping[str, Any]) -> dict[str, Any]:
-    absent = set(_WEIGHTS_FILE) - original.parts.keys()
-    absent |= {part.replace("text_encoder", "tokenizer") for part in absent}
-    index: dict[str, Any] = {part: [None, None] if part in absent else [*own] for part, own in _CLASSES.items()}
-    index["_class_name"] = "StableDiffusionXLImg2ImgPipeline" if original.is_refiner else "StableDiffusionXLPipeline"
+    parts = original.parts.keys() | {part.replace("text_encoder", "tokenizer") for part in original.parts}
+    index = pipeline_index(parts, "EulerDiscreteScheduler", from_images=original.is_refiner)
     index["force_zeros_for_empty_prompt"] = not original.is_refiner
     if original.is_refiner:
         index["requires_aesthetics_score"] = True

@@ -2,6 +2,7 @@
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -20,24 +21,25 @@ def key(*parts: object, size: int = 16) -> bytes:
     return hashlib.blake2b(repr(parts).encode(), digest_size=size).digest()
 
 
-def settings(datasets: tuple[str, ...] = ("set",)) -> ManifestSettings:
-    """What a build declares."""
-    return ManifestSettings(
-        vae_digest="aa" * 32,
-        scaling_factor=0.13025,
-        latent_channels=4,
-        downscale=8,
-        latents="moments",
-        text_digests={"text_encoder": "bb", "tokenizer": "cc"},
-        text_widths=(8, 8),
-        pooled_width=8,
-        text_chunks=1,
-        null_text_key=key("text", NULL).hex(),
-        zeros_for_empty_prompt=True,
-        datasets=datasets,
-        build={"images": {"background": [255, 255, 255], "resample": "lanczos"}},
-        prompts={PROMPT: key("text", PROMPT).hex()},
-    )
+def settings(datasets: tuple[str, ...] = ("set",), **others: Any) -> ManifestSettings:
+    """What a build declares; `others` in place of what stands here."""
+    declared: dict[str, Any] = {
+        "vae_digest": "aa" * 32,
+        "scaling_factor": 0.13025,
+        "latent_channels": 4,
+        "downscale": 8,
+        "latents": "moments",
+        "text_digests": {"text_encoder": "bb", "tokenizer": "cc"},
+        "text_widths": (8, 8),
+        "pooled_width": 8,
+        "text_chunks": 1,
+        "null_text_key": key("text", NULL).hex(),
+        "zeros_for_empty_prompt": True,
+        "datasets": datasets,
+        "build": {"images": {"background": [255, 255, 255], "resample": "lanczos"}},
+        "prompts": {PROMPT: key("text", PROMPT).hex()},
+    }
+    return ManifestSettings(**declared | others)
 
 
 def row(index: int, dataset: str = "set") -> ManifestRow:

@@ -16,6 +16,7 @@ from typing import Any
 from shared.atomic import sync_file
 from shared.conditioning import Layout
 from shared.contract import PairContract
+from shared.pipeline_index import pipeline_index
 from shared.tensor_file import file_bytes, read_metadata, write_lazily
 from shared.weights import find_weights, weights_variant
 from trainer.adapter import ADAPTER_FILE, PREFIX
@@ -30,15 +31,6 @@ PEFT_FILE, PEFT_PREFIX = "adapter_model.safetensors", "base_model.model."
 WHOLE: dict[Layout, tuple[str, ...]] = {
     "sdxl": ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"),
     "sdxl-refiner": ("vae", "text_encoder_2", "tokenizer_2"),
-}
-_CLASSES = {
-    "scheduler": ["diffusers", "UniPCMultistepScheduler"],
-    "text_encoder": ["transformers", "CLIPTextModel"],
-    "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
-    "tokenizer": ["transformers", "CLIPTokenizer"],
-    "tokenizer_2": ["transformers", "CLIPTokenizer"],
-    "unet": ["diffusers", "UNet2DConditionModel"],
-    "vae": ["diffusers", "AutoencoderKL"],
 }
 
 
@@ -61,7 +53,7 @@ def write_folders(stages: Sequence[Stage], model: Path, out: Path) -> dict[str, 
             continue
         for part in WHOLE[stage.facts.layout]:
             copy_component(model / part, folder / part, [out / other.folder / part for other in stages])
-        write_json(folder / "model_index.json", pipeline_index(stage))
+        write_json(folder / "model_index.json", index_of(stage))
         (folder / "unet").mkdir()
         write_json(folder / "unet" / "config.json", stage.config())
         name = f"{stage.folder}/unet/{UNET_FILE}"
@@ -76,13 +68,12 @@ def write_scheduler(contract: PairContract, folder: Path) -> None:
     scheduler.save_pretrained(folder)
 
 
-def pipeline_index(stage: Stage) -> dict[str, Any]:
+def index_of(stage: Stage) -> dict[str, Any]:
     """model_index.json of a stage's pipeline; the null prompt is the one that its expert was trained with."""
     import diffusers
 
-    own = (*WHOLE[stage.facts.layout], "unet", "scheduler")
-    index: dict[str, Any] = {part: classes if part in own else [None, None] for part, classes in _CLASSES.items()}
-    index["_class_name"] = "StableDiffusionXLPipeline" if stage.number == 1 else "StableDiffusionXLImg2ImgPipeline"
+    parts = (*WHOLE[stage.facts.layout], "unet")
+    index = pipeline_index(parts, "UniPCMultistepScheduler", from_images=stage.number > 1)
     index["_diffusers_version"] = diffusers.__version__
     index["force_zeros_for_empty_prompt"] = stage.facts.null_prompt == "zeros"
     if stage.number > 1:

@@ -12,22 +12,22 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise, product
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 
 from shared.contract import ExpertFacts, PairContract, check_pair, check_same
 from shared.device import free_unused_memory
-from shared.errors import ContractError, DataError
+from shared.errors import ContractError
 from shared.manifest_rows import ManifestSettings
 from shared.schedule import PredictionType, TimestepRange
-from shared.weights import read_json_object
 from trainer.adapter import load_adapter
 from trainer.checkpoint import Checkpoint
 from trainer.config import resolve_null_prompt
 from trainer.drawn import find_bases
 from trainer.ensemble import Expert
 from trainer.reparameterise import Reparameterised
+from trainer.start import told_prediction
 from trainer.unet import ConditionedUnet, choose_layout, load_unet, read_unet_config, unet_digest
 
 START = "start model"
@@ -181,18 +181,7 @@ def _start_model(model: Path, like: ExpertFacts, contract: PairContract, known: 
     null_prompt = resolve_null_prompt("auto", known.zeros_for_empty_prompt)
     plain = {"name": START, "layout": layout, "null_prompt": null_prompt, "adapter": None, "start": None}
     facts = like.model_copy(update=plain)
-    return Candidate(START, facts, model / "unet", None, _predicts(model, contract))
-
-
-def _predicts(model: Path, contract: PairContract) -> PredictionType:
-    """What the model's UNet answers with, as its scheduler says; the experts' own where it has none."""
-    path = model / "scheduler" / "scheduler_config.json"
-    if not path.exists():
-        return contract.prediction_type
-    said = read_json_object(path).get("prediction_type", "epsilon")
-    if said not in get_args(PredictionType):
-        raise DataError(f"{path}: prediction_type {said!r} is none of {', '.join(get_args(PredictionType))}")
-    return said  # type: ignore[no-any-return]
+    return Candidate(START, facts, model / "unet", None, told_prediction(model) or contract.prediction_type)
 
 
 def _check_store(contract: PairContract, known: ManifestSettings) -> None:

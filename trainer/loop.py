@@ -36,6 +36,7 @@ from trainer.processes import joined
 from trainer.run import Request, Run, make_order, open_run_together
 from trainer.sampler import own_micro_batches
 from trainer.saving import SaveTurns, surviving_a_full_disk
+from trainer.start import start_advice
 from trainer.trackers import Curves
 from trainer.trained import export_of, kept_weights, load_trained, restore_average, seed_layers
 from trainer.unet import ConditionedUnet
@@ -112,7 +113,7 @@ def train_expert(request: Request) -> int:
         say(f"{config.name}: timesteps {describe_timesteps(config)}, {seen}, {device}, {config.precision}")
         if partner is not None:
             run.log.write("partner", step=run.first_step, **partner.fields())
-        for line in objective_advice(config):
+        for line in [*objective_advice(config), *start_advice(config, request.model, request.start)]:
             run.log.write("advice", why=line)
             say(f"note: {line}")
 

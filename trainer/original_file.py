@@ -18,7 +18,7 @@ from shared.original_layout import original_big_g, original_clip_l, original_une
 from shared.original_settings import attention_counts
 from shared.tensor_file import LazyTensor, cast_to, file_bytes, read_lazily, write_lazily
 from shared.weights import find_weights, read_component_config
-from trainer.bundle_folder import WHOLE, component_files, copy_files, pipeline_index, write_json, write_scheduler
+from trainer.bundle_folder import WHOLE, component_files, copy_files, index_of, write_json, write_scheduler
 from trainer.bundle_proof import prove, quiet
 from trainer.bundle_stage import Stage
 from trainer.comfy import WORKFLOW_FILE, checkpoint_workflow
@@ -47,7 +47,7 @@ def write_files(stages: Sequence[Stage], model: Path, out: Path) -> dict[str, st
             )
         (folder / "unet").mkdir()
         write_json(folder / "unet" / "config.json", stage.config())
-        write_json(folder / "model_index.json", pipeline_index(stage))
+        write_json(folder / "model_index.json", index_of(stage))
         write_scheduler(stage.card.contract, folder / "scheduler")
         name = f"{stage.folder}.safetensors"
         sums[name] = write_lazily(out / name, original_tensors(stage, model), modelspec(stage) | stage.tags())

@@ -32,6 +32,7 @@ from trainer.partner import partner_bytes, stand_by
 from trainer.rotation import WITH_OPTIMIZER
 from trainer.run import Prospect, Request, look_at_run
 from trainer.sampler import Order, Pool
+from trainer.start import start_advice
 from trainer.trained import frozen_dtype, load_trained
 from trainer.unet import ConditionedUnet
 from trainer.view import view_of
@@ -130,7 +131,7 @@ def rehearse(request: Request, *, with_timing: bool = True) -> Rehearsal:
         checkpoint_bytes=whole + averaged + state,
         kept_bytes=keeps * (whole + averaged) + min(keeps, WITH_OPTIMIZER) * state,
         bytes_free=shutil.disk_usage(_there(request.output)).free,
-        notes=objective_advice(config),
+        notes=[*objective_advice(config), *start_advice(config, request.model, request.start)],
     )
 
 

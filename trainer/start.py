@@ -6,9 +6,12 @@ A run remembers the very checkpoint that it started from: the same command goes 
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 from shared.contract import AdapterFacts, ExpertCard, StartFacts, check_same
-from shared.errors import CheckpointError, ConfigError, ContractError
+from shared.errors import CheckpointError, ConfigError, ContractError, DataError
+from shared.schedule import PredictionType
+from shared.weights import read_json_object
 from trainer.adapter import ADAPTER_FILE
 from trainer.checkpoint import UNET_FILE, Checkpoint, open_checkpoint, open_expert
 from trainer.config import ExpertConfig
@@ -30,6 +33,32 @@ def choose_start(config: ExpertConfig, model: Path, start: Path | None) -> Start
     if start is None:
         return Start(model / "unet")
     return _from_expert(config, model, open_expert(start))
+
+
+def told_prediction(model: Path) -> PredictionType | None:
+    """What a model's UNet predicts, as its scheduler says, or None; raises DataError where that is nothing known."""
+    path = model / "scheduler" / "scheduler_config.json"
+    if not path.exists():
+        return None
+    said = read_json_object(path).get("prediction_type", "epsilon")
+    if said not in get_args(PredictionType):
+        raise DataError(f"{path}: prediction_type {said!r} is none of {', '.join(get_args(PredictionType))}")
+    return said  # type: ignore[no-any-return]
+
+
+def start_advice(config: ExpertConfig, model: Path, start: Path | None) -> list[str]:
+    """A line where training has to unlearn what the model's UNet predicts; what another expert predicts is compared."""
+    told, wanted = told_prediction(model), config.schedule.prediction_type
+    if start is not None or told in (None, wanted):
+        return []
+    return [
+        f"schedule.prediction_type = {wanted!r}, while {model} predicts {told}: "
+        + (
+            "an adapter on it has all of that to undo"
+            if config.adapter
+            else "the UNet first has to unlearn that, which takes thousands of steps"
+        )
+    ]
 
 
 def same_start(config: ExpertConfig, model: Path, start: Path | None, facts: StartFacts | None) -> Start | None:

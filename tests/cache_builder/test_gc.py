@@ -1,9 +1,7 @@
 """cache-store gc: what no manifest names goes, everything that anybody could need stays."""
 
-import os
 import random
 import shutil
-import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +16,7 @@ from shared.errors import ConfigError, ManifestMismatch, StoreBusy, StoreLocked,
 from shared.manifest import open_manifest
 from shared.manifest_shelf import sealed_manifests
 from shared.store import StoreReader, StoreWriter
+from tests.children import end, in_a_child
 from tests.pictures import write_shapes
 
 Build = Callable[..., BuildReport]
@@ -158,21 +157,6 @@ def read_for(store: Path, seconds: float, batch_s: float) -> None:
             with reader.snapshot():
                 time.sleep(batch_s)
             time.sleep(0.02)
-
-
-def in_a_child(work: Callable[[], object]) -> int:
-    pid = os.fork()
-    if pid == 0:
-        try:
-            work()
-        finally:
-            os._exit(0)
-    return pid
-
-
-def end(pid: int) -> None:
-    os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
 
 
 @pytest.mark.parametrize("file", ["arrow", "seal", "current.json"])

@@ -9,25 +9,12 @@ import pytest
 
 from cache_builder.keep import KeepRules, drop_old_manifests
 from shared.manifest import open_manifest, seal_manifest
-from shared.manifest_rows import ManifestRow, ManifestSettings, Variant
+from shared.manifest_rows import ManifestRow, Variant
 from shared.manifest_shelf import sealed_manifests
 from shared.store import StoreWriter
+from tests.stores import settings
 
-SETTINGS = ManifestSettings(
-    vae_digest="aa",
-    scaling_factor=0.13025,
-    latent_channels=4,
-    downscale=8,
-    latents="moments",
-    text_digests={"text_encoder": "bb"},
-    text_widths=(768, 1280),
-    pooled_width=1280,
-    text_chunks=1,
-    null_text_key="cc" * 16,
-    zeros_for_empty_prompt=True,
-    datasets=("set",),
-    build={},
-)
+SETTINGS = settings()
 ROW = ManifestRow(
     dataset="set",
     sample_id=bytes(16),

@@ -336,13 +336,18 @@ def test_old_manifests_go_and_those_that_are_used_stay(world: Path, services: Se
 
 
 PAGE = """
-import json, os, psutil, sys, time
+import json, os, psutil, socket, sys
 folder = sys.argv[sys.argv.index("--store") + 1] + "/service"
-card = dict(pid=os.getpid(), host="127.0.0.1", port=1, created_s=psutil.Process().create_time())
+listening = socket.create_server(("127.0.0.1", 0))
+port = listening.getsockname()[1]
+card = dict(pid=os.getpid(), host="127.0.0.1", port=port, created_s=psutil.Process().create_time())
 open(folder + "/page.json.new", "w").write(json.dumps(card))
 os.rename(folder + "/page.json.new", folder + "/page.json")
 print("it is up", flush=True)
-time.sleep(1000)
+while True:
+    with listening.accept()[0] as asked:
+        asked.recv(1000)
+        asked.sendall(b"HTTP/1.1 200 OK\\r\\n\\r\\n")
 """
 
 
@@ -393,6 +398,25 @@ def test_page_and_service_outlive_each_other(world: Path, services: Services) ->
         ("page_start", third),
         ("page_end", third),
     ]
+
+
+def test_a_page_that_hangs_is_started_again_and_one_that_answers_is_left_alone(world: Path, services: Services) -> None:
+    page = [sys.executable, "-c", PAGE, "dashboard", "--store", str(world / "store")]
+    more: dict[str, Any] = {"build_command": fake_build(world), "page_command": page}
+    service = services.start(world, "page.enabled=true", "page.hung_s=2", **more)
+    first = page_pid(world)
+    time.sleep(3)  # longer than a page may be silent
+    assert service.events("page_end") == []
+    os.kill(first, signal.SIGSTOP)
+    second = page_pid(world, first)
+    assert [(one["pid"], one["said"]) for one in service.events("page_end")] == [
+        (first, "it had answered nothing for 2 s")
+    ]
+    assert not psutil.pid_exists(first)
+    (said,) = [line for line in service.said() if line.startswith("the page has ended")]
+    assert said == "the page has ended (it had answered nothing for 2 s); it is started again in 1 s"
+    assert service.end() == 0
+    wait_until_gone(second)
 
 
 @pytest.mark.parametrize(

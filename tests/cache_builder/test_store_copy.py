@@ -1,9 +1,7 @@
 """cache-store copy: the same store at a new place, whole there or not at all."""
 
-import os
 import random
 import shutil
-import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +18,7 @@ from shared.manifest import open_manifest
 from shared.manifest_shelf import sealed_manifests
 from shared.record import encode_record
 from shared.store import StoreReader, StoreWriter
+from tests.children import end, in_a_child
 from tests.pictures import write_shapes
 
 Build = Callable[..., BuildReport]
@@ -141,18 +140,3 @@ def test_kill_9_leaves_a_whole_copy_or_none(before: Path, tmp_path: Path, kills:
             assert records(to) == records(before / "store")
         else:
             copy_store(before / "store", to)
-
-
-def in_a_child(work: Callable[[], object]) -> int:
-    pid = os.fork()
-    if pid == 0:
-        try:
-            work()
-        finally:
-            os._exit(0)
-    return pid
-
-
-def end(pid: int) -> None:
-    os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)

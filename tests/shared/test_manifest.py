@@ -22,27 +22,10 @@ import shared.manifest
 from shared.errors import ConfigError, ManifestMismatch
 from shared.manifest import Manifest, list_manifests, manifest_digest, open_manifest, seal_manifest
 from shared.manifest_rows import ManifestRow, ManifestSettings, Variant
+from tests.stores import key, settings
 
-SETTINGS = ManifestSettings(
-    vae_digest="aa" * 32,
-    scaling_factor=0.13025,
-    latent_channels=4,
-    downscale=8,
-    latents="moments",
-    text_digests={"text_encoder": "bb", "tokenizer": "cc"},
-    text_widths=(768, 1280),
-    pooled_width=1280,
-    text_chunks=1,
-    null_text_key="dd" * 16,
-    zeros_for_empty_prompt=True,
-    datasets=("cats", "dogs"),
-    build={"resolution": 1024, "split": {"salt": "s", "fraction": 0.02}},
-)
+SETTINGS = settings(("cats", "dogs"), build={"resolution": 1024, "split": {"salt": "s", "fraction": 0.02}}, prompts={})
 BUCKETS = [(832, 1216), (1024, 1024), (1216, 832)]
-
-
-def key(*parts: object) -> bytes:
-    return blake2b(repr(parts).encode(), digest_size=16).digest()
 
 
 def make_row(index: int) -> ManifestRow:

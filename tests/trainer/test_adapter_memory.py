@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.full_size import BASE, REFINER, SSD_1B
 from shared.config import load_config
-from tests.trainer.full_size_configs import BASE, REFINER, SSD_1B
 from trainer.adapter import adapter_weights, add_adapter, shapes_of
 from trainer.config import ExpertConfig
 from trainer.ema import Ema

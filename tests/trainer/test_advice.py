@@ -1,5 +1,6 @@
 """What is said of settings that are idle or harmful in the expert's own range."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ from shared.config import load_config
 from trainer.advice import objective_advice
 from trainer.config import ExpertConfig
 from trainer.loop import train_expert
+from trainer.start import start_advice
 
 RANGES = {"base": "{low=350, high=1000}", "refiner": "{low=0, high=350}", "whole": "{low=0, high=1000}"}
 V_ZERO = (
@@ -76,6 +78,24 @@ def test_what_works_in_the_range_is_left_alone(expert: str, sets: list[str]) -> 
 def test_a_run_begins_with_its_notes(world: Any, events: Any, tmp_path: Any, capfd: pytest.CaptureFixture[str]) -> None:
     train_expert(world.request(tmp_path / "run", "steps=1", "loss.min_snr_gamma=5"))
     said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("note: ")]
-    assert len(said) == 1
+    assert len(said) == 2
+    assert said[1].endswith("predicts epsilon: the UNet first has to unlearn that, which takes thousands of steps")
     assert "loss.min_snr_gamma = 5 weighs the error of v_prediction by 0.13 on average" in said[0]
     assert [f"note: {event['why']}" for event in events(tmp_path / "run", "advice")] == said
+
+
+@pytest.mark.parametrize(
+    ("sets", "said"),
+    [
+        (["schedule.prediction_type=epsilon", "schedule.zero_terminal_snr=false"], ""),
+        ([], "thousands of steps"),
+        (["schedule.prediction_type=sample", "adapter.rank=2"], "an adapter on it has all of that to undo"),
+    ],
+)
+def test_a_start_model_that_predicts_something_else_is_named(world: Any, sets: list[str], said: str) -> None:
+    request = world.request(Path("run"), *sets)
+    lines = start_advice(request.config, request.model, None)
+    assert len(lines) == bool(said)
+    assert all(said in line and "predicts epsilon" in line for line in lines)
+    # An expert's weights are what its contract says, which is compared with this run's.
+    assert start_advice(request.config, request.model, Path("other")) == []

@@ -17,13 +17,13 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor
 
+from benchmarks.full_size import BASE, REFINER, SSD_1B, VAE
 from cache_builder.encode import Crop, SampleEncoder
 from shared.conditioning import Layout, MicroConditioning, PromptEmbeds
 from shared.latents import LatentMoments
 from shared.progress import say
 from shared.record import decode_record
 from shared.schedule import NoiseSchedule, TimestepRange, scaled_linear_betas
-from tests.trainer.full_size_configs import BASE, REFINER, SSD_1B, VAE
 from trainer.batch import Batch
 from trainer.config import LossConfig
 from trainer.loss import DenoisingLoss

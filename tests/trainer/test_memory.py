@@ -7,10 +7,10 @@ import torch
 from peft import LoraConfig
 from torch import nn
 
+from benchmarks.full_size import SSD_1B
 from shared.config import load_config
 from tests.shared.test_manifest import SETTINGS
 from tests.test_configs import CONFIGS
-from tests.trainer.full_size_configs import SSD_1B
 from trainer.config import ExpertConfig
 from trainer.memory import (
     FusedAttention,

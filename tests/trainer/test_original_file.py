@@ -10,9 +10,9 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from benchmarks.full_size import BASE, REFINER, SSD_1B, VAE
 from shared.errors import ContractError
 from shared.original_layout import original_name, unet_modules, vae_modules
-from tests.trainer.full_size_configs import BASE, REFINER, SSD_1B, VAE
 from trainer.bundle import BundleRequest, bundle
 from trainer.bundle_stage import read_stages
 from trainer.checkpoint import open_expert

@@ -16,6 +16,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+from benchmarks.full_size import BASE
+from benchmarks.full_size import VAE as FULL_VAE
 from demo.model_files import make_vocabulary, write_tokenizer
 from shared import single_file
 from shared.errors import ConfigError, DataError, StoreFull
@@ -30,14 +32,7 @@ from trainer.generate import generate
 from trainer.original_file import load_file_pipeline
 from trainer.unet import unet_digest
 
-UNET: dict[str, Any] = {
-    "sample_size": 128,
-    "layers_per_block": 2,
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+UNET = BASE | {
     "block_out_channels": (64, 128, 192),
     "attention_head_dim": (1, 2, 3),
     "transformer_layers_per_block": (1, 1, 2),
@@ -49,16 +44,7 @@ UNEVEN = {
     "transformer_layers_per_block": ((1, 1), (1, 1), (2, 1)),
     "reverse_transformer_layers_per_block": ((1, 2, 3), (2, 1, 1), (1, 1, 1)),
 }
-VAE: dict[str, Any] = {
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "block_out_channels": (32, 32, 64, 64),
-    "layers_per_block": 2,
-    "latent_channels": 4,
-    "sample_size": 1024,
-    "scaling_factor": 0.13025,
-    "force_upcast": True,
-}
+VAE = FULL_VAE | {"block_out_channels": (32, 32, 64, 64)}
 
 
 @pytest.fixture(scope="module")
