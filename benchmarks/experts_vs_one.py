@@ -105,7 +105,7 @@ def _make_world(out: Path, pictures: int, prompts: int) -> None:
 
 
 def _train(out: Path, runs: Sequence[Run], options: argparse.Namespace) -> None:
-    """Train what is not done yet, as many at once as asked, each on its share of the cores."""
+    """Train what is not done yet, as many at once as asked, each on its share of the cores; partners first."""
     share = {"OMP_NUM_THREADS": str(options.threads or max(1, (os.cpu_count() or 1) // options.at_once))}
 
     def train(one: Run) -> int:
@@ -131,12 +131,16 @@ def _train(out: Path, runs: Sequence[Run], options: argparse.Namespace) -> None:
             "--output",
             str(out / "runs" / one.name),
         ]
+        if one.partner:
+            places += ["--partner", str(out / "runs" / one.partner)]
         command = ["train-expert", "--config", str(CONFIGS / "expert.toml"), *places, "--device", "cpu"]
         return start([*command, *(part for one_set in sets for part in ("--set", one_set))], share).wait()
 
-    with ThreadPoolExecutor(options.at_once) as pool:
-        if failed := [one.name for one, code in zip(runs, pool.map(train, runs), strict=True) if code]:
-            raise SystemExit(f"not trained: {', '.join(failed)}")
+    for asks in (False, True):
+        turn = [one for one in runs if bool(one.partner) == asks]
+        with ThreadPoolExecutor(options.at_once) as pool:
+            if failed := [one.name for one, code in zip(turn, pool.map(train, turn), strict=True) if code]:
+                raise SystemExit(f"not trained: {', '.join(failed)}")
 
 
 def _losses(out: Path, name: str, one: Run, options: argparse.Namespace, *, of_start: bool = False) -> Any:

@@ -24,6 +24,7 @@ def _train_expert(
     device: options.Device = "auto",
     move_to_manifest: options.Move = None,
     start: options.Start = None,
+    partner: options.Partner = None,
     dry_run: options.DryRun = False,
     timing: options.Timing = True,
     json: options.Json = False,
@@ -43,7 +44,7 @@ def _train_expert(
     model_folder = resolve_model(model, ("unet",), model_config)
     from trainer.run import Request
 
-    request = Request(settings, store, manifest, model_folder, output, device, move_to_manifest, start)
+    request = Request(settings, store, manifest, model_folder, output, device, move_to_manifest, start, partner)
     if dry_run:
         _rehearse(request, timing, json)
         return

@@ -35,6 +35,8 @@ def test_variations_change_what_they_say_alone() -> None:
         changed = [run for run in arm.runs if run.sets]
         assert changed
         assert all(run.name in plain for run in arm.runs if not run.sets)
+        exposed = [run for run in arm.runs if any(one.startswith("loss.exposure") for one in run.sets)]
+        assert [run.partner for run in arm.runs if run.partner] == [arm.runs[-1].name for _ in exposed]
     assert len({run.name for arm in found for run in arm.runs}) > len(plain) - 2
 
 
