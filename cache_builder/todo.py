@@ -15,8 +15,9 @@ from cache_builder.config import BuildConfig
 from cache_builder.key_arrays import Indices, as_keys, begins_another, each, first_of_each, is_in, stored
 from cache_builder.keys import text_facts_key
 from cache_builder.report import BuildReport
+from cache_builder.sample import Sample
 from cache_builder.sample_rows import PlannedCrop
-from cache_builder.samples import Sample, Samples
+from cache_builder.samples import Samples
 from shared.conditioning import TEXT_LENGTH
 from shared.errors import RecordCorrupt, StoreFull
 from shared.store import Snapshot, Store
@@ -162,8 +163,20 @@ def picture_bytes(pictures: Pictures, config: BuildConfig, vae: VaeFacts) -> int
     return int((latents * counts).sum()) + len(pictures) * FACTS_BYTES
 
 
-def require_space(store: Path, needed_bytes: int, free_bytes: int) -> None:
-    """Raise StoreFull where a build would write more than is free."""
+def sealing_bytes(samples: Samples) -> int:
+    """What sealing writes beside records, about: the manifest in unnamed files twice, and under its name.
+
+    Its rows are somewhat smaller than the samples are without their thumbnails.
+    """
+    return 3 * (samples.nbytes - samples.facts.nbytes)
+
+
+def require_space(store: Path, needed_bytes: int, free_bytes: int, passing_bytes: int) -> None:
+    """Raise StoreFull where a build would write more than is free, with what goes again at its end.
+
+    Where there is nothing to encode there may be nothing to seal either, which asks for no room.
+    """
+    needed_bytes += passing_bytes if needed_bytes else 0
     if needed_bytes > free_bytes:
         raise StoreFull(
             f"{store}: this build will write {needed_bytes >> 20} MiB and {free_bytes >> 20} are free; "

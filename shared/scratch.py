@@ -47,6 +47,11 @@ class Column:
         self._view = memoryview(b"")
         weakref.finalize(self, os.close, self._file)
 
+    @property
+    def nbytes(self) -> int:
+        """Of all rows so far."""
+        return self._end
+
     def __len__(self) -> int:
         return int(self._end // self.dtype.itemsize)
 

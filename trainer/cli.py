@@ -1,6 +1,7 @@
 """Doors of this tower: parse, load, call one function, one line on an error. Nothing heavy is imported for --help."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import typer
@@ -98,16 +99,13 @@ def _generate_images(
     from trainer.drawing import GenerateRequest
     from trainer.drawn import needed_components
     from trainer.ensemble import DrawSettings
-    from trainer.generate import generate, read_prompts
+    from trainer.generate import generate
 
-    asked: list[str | tuple[str, ...]] = [] if expert_prompt is None else [tuple(expert_prompt)]
-    if prompts is not None or prompt or not (asked or from_images):
-        asked += read_prompts(prompt or [], prompts)
     weights = _once_or_each(guidance or [9.2])
     request = GenerateRequest(
         experts=expert,
         model=resolve_model(model, needed_components(expert), model_config),
-        prompts=asked,
+        prompts=_asked_for(prompt or [], prompts, expert_prompt, needs_some=from_images is None),
         out=out,
         settings=DrawSettings(steps, weights, guidance_rescale, scheduler),
         negative_prompt=_once_or_each(negative_prompt or [None]),
@@ -128,6 +126,18 @@ def _generate_images(
     )
     for path in generate(request):
         typer.echo(str(path))
+
+
+def _asked_for(
+    prompt: list[str], file: Path | None, expert_prompt: list[str] | None, *, needs_some: bool
+) -> list[str | tuple[str, ...]]:
+    """The prompts to draw: one for all experts, or a tuple of one for each."""
+    from trainer.generate import read_prompts
+
+    asked: list[str | tuple[str, ...]] = [] if expert_prompt is None else [tuple(expert_prompt)]
+    if file is not None or prompt or (needs_some and not asked):
+        asked += read_prompts(prompt, file)
+    return asked
 
 
 def _once_or_each(given: Sequence[Value]) -> Value | tuple[Value, ...]:
