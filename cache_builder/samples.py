@@ -157,7 +157,7 @@ class Samples(Sequence[Sample]):
 
     def outside(self, array: np.ndarray[Any, Kind]) -> np.ndarray[Any, Kind]:
         """The same where the samples are, out of memory."""
-        return outside(array, self._folder)
+        return outside(array, self.folder)
 
     def text(self, index: int) -> str:
         """One of the texts."""
