@@ -19,7 +19,7 @@ import pyarrow as pa
 from shared.manifest_rows import ManifestRow, column_value
 from shared.scratch import Array, Column, open_scratch
 
-ROWS_AT_ONCE = 4096
+ROWS_AT_ONCE = 1024  # as objects of Python, a kilobyte and a half each
 
 
 def make_columns(schema: pa.Schema, ordered: Iterable[ManifestRow], folder: Path) -> list[pa.Array]:
