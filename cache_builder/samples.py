@@ -20,7 +20,7 @@ import msgpack
 import numpy as np
 
 from cache_builder.buckets import CropPlan
-from cache_builder.key_arrays import Indices
+from cache_builder.key_arrays import Indices, Kind
 from cache_builder.keys import KeyOf
 from cache_builder.sample import Sample
 from cache_builder.sample_rows import (
@@ -40,7 +40,7 @@ from cache_builder.sample_rows import (
 from cache_builder.sources import Found, MetaValue
 from cache_builder.split import Thumbnail
 from shared.record import KEY_BYTES
-from shared.scratch import Column
+from shared.scratch import Column, outside
 
 ROWS_AT_ONCE = 4096
 MOST_PLANS = 4096  # that are kept as they are; random crops have plans of their own
@@ -152,7 +152,12 @@ class Samples(Sequence[Sample]):
 
     def of_crop(self, crops: Indices) -> Indices:
         """Which samples these `crops` are of."""
-        return np.searchsorted(self.rows["crops"], crops, side="right") - 1
+        starts = self.rows["crops"].astype(crops.dtype)  # of another kind numpy would copy both, as floats
+        return np.searchsorted(starts, crops, side="right") - 1
+
+    def outside(self, array: np.ndarray[Any, Kind]) -> np.ndarray[Any, Kind]:
+        """The same where the samples are, out of memory."""
+        return outside(array, self.folder)
 
     def text(self, index: int) -> str:
         """One of the texts."""

@@ -12,7 +12,7 @@ from typing import Any, TypeVar, overload
 import numpy as np
 
 from cache_builder.config import BuildConfig
-from cache_builder.key_arrays import Indices, as_keys, each, first_of_each, is_in, stored
+from cache_builder.key_arrays import Indices, as_keys, begins_another, each, first_of_each, is_in, stored
 from cache_builder.keys import text_facts_key
 from cache_builder.report import BuildReport
 from cache_builder.sample import Sample
@@ -27,6 +27,7 @@ from shared.vae import VaeFacts
 FP16_BYTES = 2
 FRAME_BYTES = 256  # of a record's frame and header, about
 FACTS_BYTES = 512  # of the two small records beside a picture and a caption, about
+SMALL = np.uint32  # counts of samples and of crops, where as many of them are in memory at once
 PAGE_BYTES = 4096  # what a record of LMDB ends on
 
 T = TypeVar("T")
@@ -45,19 +46,22 @@ class Pictures(Sequence[Picture]):
 
     def __init__(self, samples: Samples, crops: Indices) -> None:
         """Of `samples`, which lack `crops`, ascending."""
-        self.samples, self._lacking = samples, crops
-        of_crops = samples.of_crop(crops)
-        is_first = np.diff(of_crops, prepend=-1) > 0  # of its sample
-        lack, first_crops = of_crops[is_first], crops[is_first]
-        keys = samples.rows["facts_key"][lack]
-        by_picture = np.argsort(keys, kind="stable")
-        keys = keys[by_picture]
-        begins = np.flatnonzero(np.append(True, keys[1:] != keys[:-1])[: len(keys)])
+        self.samples, self._lacking = samples, samples.outside(crops)
+        del crops
+        of_crops = samples.of_crop(self._lacking).astype(SMALL)
+        is_first = np.diff(of_crops, prepend=SMALL(len(samples))) != 0  # of its sample
+        lack, first_crops = of_crops[is_first], self._lacking[is_first].astype(SMALL)
+        del of_crops, is_first
+        by_picture = np.argsort(samples.rows["facts_key"][lack], kind="stable").astype(SMALL)
+        self._members = samples.outside(lack[by_picture])
+        begins = np.flatnonzero(begins_another(samples.rows["facts_key"], self._members)).astype(SMALL)
         first = by_picture[begins]  # samples are in order, and so are those of a picture
+        del by_picture, lack
         height, width = samples.crops["target_hw"][first_crops[first]].T
-        order = np.lexsort((first, width, height))
-        self._members = lack[by_picture]
-        self._begins, self._ends = begins[order], np.append(begins[1:], len(lack))[order]
+        order = np.lexsort((first, width, height)).astype(SMALL)
+        del height, width, first, first_crops
+        self._begins = samples.outside(begins[order])
+        self._ends = samples.outside(np.append(begins[1:], SMALL(len(self._members)))[order])
 
     @functools.cached_property
     def crops(self) -> Indices:

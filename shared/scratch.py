@@ -25,6 +25,15 @@ def open_scratch(folder: Path | None) -> int:
         return os.dup(file.fileno())
 
 
+def outside(array: Array, folder: Path | None = None) -> Array:
+    """The same rows, read-only, where they take no memory."""
+    column = Column(array.dtype, folder)
+    at_once = max(1, WRITTEN_AT_ONCE // array.dtype.itemsize)
+    for start in range(0, len(array), at_once):
+        column.append(array[start : start + at_once].tobytes())
+    return column.array
+
+
 class Column:
     """Rows of one dtype; appended from one thread, read and replaced from any; raises OSError on a full disk."""
 
