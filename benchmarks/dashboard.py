@@ -23,6 +23,7 @@ from statistics import median
 from typing import Any
 from urllib.request import Request, urlopen
 
+import numpy as np
 import psutil
 
 from benchmarks.dashboard_world import write_run, write_store
@@ -180,12 +181,11 @@ class Trainer:
             assert self._child.poll() is None
             time.sleep(0.1)
 
-    def turn(self, seconds: float) -> dict[str, float]:
-        """What it does in the next `seconds`: steps a second, and processor time of a step, seconds."""
-        steps, used_s, began_s = self._steps(), sum(self._process.cpu_times()[:2]), time.perf_counter()
+    def turn(self, seconds: float) -> "np.ndarray[tuple[int, ...], np.dtype[np.float64]]":
+        """What it does in the next `seconds`: steps, time by the clock and processor time, seconds."""
+        before = np.array([self._steps(), time.perf_counter(), sum(self._process.cpu_times()[:2])])
         time.sleep(seconds)
-        done, took_s = self._steps() - steps, time.perf_counter() - began_s
-        return {"rate": done / took_s, "step": (sum(self._process.cpu_times()[:2]) - used_s) / max(1, done)}
+        return np.array([self._steps(), time.perf_counter(), sum(self._process.cpu_times()[:2])]) - before
 
     def close(self) -> None:
         """End it."""
@@ -202,7 +202,7 @@ def cost(process: psutil.Process, address: str, runs: Path, rounds: int, turn_s:
     growing = threading.Thread(target=grow, args=([runs / name for name in ("base", "refiner")], ended))
     growing.start()
     looked = Browser(address)
-    turns: dict[bool, list[dict[str, float]]] = {True: [], False: []}
+    turns = {True: np.zeros(3), False: np.zeros(3)}
     used_s = 0.0
     try:
         time.sleep(3)
@@ -210,7 +210,7 @@ def cost(process: psutil.Process, address: str, runs: Path, rounds: int, turn_s:
             is_on = number % 2 == number // 2 % 2  # with, without, without, with: a drift weighs on both
             process.send_signal(signal.SIGCONT if is_on else signal.SIGSTOP)
             used = sum(process.cpu_times()[:2])
-            turns[is_on].append(trainer.turn(turn_s))
+            turns[is_on] += trainer.turn(turn_s)
             used_s += sum(process.cpu_times()[:2]) - used
     finally:
         process.send_signal(signal.SIGCONT)
@@ -218,14 +218,11 @@ def cost(process: psutil.Process, address: str, runs: Path, rounds: int, turn_s:
         looked.close()
         growing.join()
         trainer.close()
-    kept = {
-        name: median(a[name] / b[name] for a, b in zip(turns[True], turns[False], strict=True))
-        for name in ("rate", "step")
-    }
+    (steps, took_s, cpu_s), (steps_without, took_without_s, cpu_without_s) = turns[True], turns[False]
     return {
         "share of a core": used_s / (rounds * turn_s),
-        "steps kept": kept["rate"],
-        "processor time of a step": kept["step"],
+        "steps kept": (steps / took_s) / (steps_without / took_without_s),
+        "processor time of a step": (cpu_s / steps) / (cpu_without_s / steps_without),
     }
 
 
