@@ -97,7 +97,7 @@ def _generate_images(
     """Draw with a pair of experts: each step is made by the expert whose range its timestep lies in."""
     from shared.model_folder import resolve_model
     from trainer.drawing import GenerateRequest
-    from trainer.drawn import needed_components
+    from trainer.drawn import needed_components, resolve_base
     from trainer.ensemble import DrawSettings
     from trainer.generate import generate
 
@@ -114,7 +114,7 @@ def _generate_images(
         height=height,
         width=width,
         device=device,
-        base=base,
+        base=resolve_base(base),
         batch=batch,
         precision=precision,
         offload=offload,
@@ -165,9 +165,9 @@ def _bundle_experts(
     """Hand a pair over as what other programs load: diffusers folders, ComfyUI's checkpoints, or LoRA files."""
     from shared.model_folder import resolve_model
     from trainer.bundle import BundleRequest, bundle
-    from trainer.drawn import needed_components
+    from trainer.drawn import needed_components, resolve_base
 
-    folder = resolve_model(model, needed_components(expert), model_config)
+    folder, base = resolve_model(model, needed_components(expert), model_config), resolve_base(base)
     request = BundleRequest(
         expert, folder, out, form, raw, merge, merge_adapters, dtype, base, prove, device, store, manifest, draws
     )
@@ -201,6 +201,7 @@ def _evaluate_experts(
 ) -> None:
     """Judge experts beside their start model: losses by timestep, pictures, every way to pair them, in one report."""
     from shared.model_folder import COMPONENTS, resolve_clip, resolve_model
+    from trainer.drawn import resolve_base
     from trainer.ensemble import DrawSettings
     from trainer.evaluate import EvaluateRequest, evaluate
     from trainer.gallery import PictureWish
@@ -224,7 +225,7 @@ def _evaluate_experts(
         device=device,
         draws=draws,
         batch=batch,
-        base=base,
+        base=resolve_base(base),
         pictures=wish,
     )
     if watch:
