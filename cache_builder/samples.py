@@ -152,7 +152,7 @@ class Samples(Sequence[Sample]):
 
     def of_crop(self, crops: Indices) -> Indices:
         """Which samples these `crops` are of."""
-        starts = self.rows["crops"].astype(crops.dtype)  # of another kind numpy would copy both, as floats
+        starts = self.rows["crops"].astype(np.asarray(crops).dtype)  # of another kind numpy would copy both, as floats
         return np.searchsorted(starts, crops, side="right") - 1
 
     def outside(self, array: np.ndarray[Any, Kind]) -> np.ndarray[Any, Kind]:

@@ -66,7 +66,8 @@ class Pictures(Sequence[Picture]):
     @functools.cached_property
     def crops(self) -> Indices:
         """Which crops are lacking, ascending, each key once."""
-        return self._lacking[first_of_each(self.samples.crops["key"][self._lacking])]
+        first = first_of_each(self.samples.crops["key"][self._lacking])
+        return self.samples.outside(self._lacking[first].astype(SMALL))
 
     @property
     def most_crops(self) -> int:
@@ -195,9 +196,9 @@ def account_for(report: BuildReport, samples: Samples, crops: Indices, lost: Map
     for sample in map(samples.__getitem__, np.flatnonzero(~is_usable).tolist()):
         reason = next(lost[crop.latent_key] for crop in sample.crops if crop.latent_key in lost)
         report.quarantined.append((sample.path, reason))
-    made = crops[is_usable[samples.of_crop(crops)]]
-    made = made[first_of_each(samples.crops["key"][made])]  # others share them: the same picture in another data set
-    usable, count = np.flatnonzero(is_usable), len(np.unique(samples.of_crop(made)))
+    is_new = np.zeros(len(samples), bool)  # not of others that share its crops: the same picture in another data set
+    is_new[samples.of_crop(crops)] = True
+    usable, count = np.flatnonzero(is_usable), int((is_new & is_usable).sum())
     report.stored += count
     report.reused += len(usable) - count
     report.crops += int(samples.rows["crop_count"][usable].sum())
