@@ -7,10 +7,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 T = 1000
-KINDS = {  # what is trained, as settings of train-expert; each at the best rate for the one model, of those tried
-    "full": ("optimizer.name=adamw", "optimizer.learning_rate=2e-4"),
-    "lora": ("adapter.rank=16", "adapter.alpha=16", "optimizer.name=adamw", "optimizer.learning_rate=2e-3"),
+KINDS = {  # what is trained, as settings of train-expert
+    "full": ("optimizer.name=adamw",),
+    "lora": ("adapter.rank=16", "adapter.alpha=16", "optimizer.name=adamw"),
 }
+RATES = {"full": 2e-4, "lora": 2e-3}  # of learning, at first; the best for the one model beginning with demo/model
 PREDICTIONS = {
     "v": (),  # as the start model's: v-prediction, zero-terminal SNR
     "epsilon": ("schedule.prediction_type=epsilon", "schedule.zero_terminal_snr=false"),
@@ -26,6 +27,7 @@ VARIATIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
     "overlap 50": (("loss.overlap=50",), ("loss.overlap=50",)),
     "jitter 50": (("loss.overlap={width=50, jitter=true}",), ("loss.overlap={width=50, jitter=true}",)),
+    "exposure 0.1": ((), ("loss.exposure.share=0.1",)),
 }
 
 
@@ -40,6 +42,7 @@ class Run:
     kind: str = "full"
     sets: tuple[str, ...] = ()
     label: str = ""
+    partner: str = ""  # name of the run that hands over to it, done before it begins; for loss.exposure
 
     @property
     def name(self) -> str:
@@ -72,9 +75,10 @@ def variations(total: int, boundary: int, seed: int) -> Iterator[Arm]:
     low_steps = round(total * boundary / T)
     low, high = _pair(boundary, low_steps, total - low_steps, seed, "full")
     for number, (name, (of_high, of_low)) in enumerate(VARIATIONS.items(), 1):
+        met = high.name if any(one.startswith("loss.exposure") for one in of_low) else ""
         changed = [
-            replace(run, sets=sets, label=f"v{number}") if sets else run
-            for run, sets in ((low, of_low), (high, of_high))
+            replace(run, sets=sets, label=f"v{number}", partner=partner) if sets else run
+            for run, sets, partner in ((low, of_low, met), (high, of_high, ""))
         ]
         yield Arm(f"pair {boundary}, {name}", tuple(changed))
 

@@ -18,7 +18,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.experts_arms import KINDS, PREDICTIONS, Arm, Run, arms, variations
+from benchmarks.experts_arms import KINDS, PREDICTIONS, RATES, Arm, Run, arms, variations
 from benchmarks.experts_judge import losses_of, steps_of, stretches, verdicts_of
 from demo.commands import run, start
 from demo.prompts import PICTURE_HW, SIZES_HW
@@ -77,6 +77,9 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--draws", type=int, default=256, help="draws of the eval loss for each 100 timesteps")
     parser.add_argument("--at-once", type=int, default=os.cpu_count() or 1, help="trainers that share the cores")
     parser.add_argument("--threads", type=int, default=0, help="of each trainer; 0 is its share of the cores")
+    parser.add_argument(
+        "--rate", type=float, default=0.0, help="learning rate at first, falling as a cosine; 0: as kinds do"
+    )
     parser.add_argument("--model", type=Path, default=MODEL, help="what every arm begins with (default: %(default)s)")
     parser.add_argument("--prediction", choices=PREDICTIONS, default="v", help="what experts predict")
     parser.add_argument("--precision", default="fp32", help="of training: fp32 or bf16-mixed")
@@ -105,7 +108,7 @@ def _make_world(out: Path, pictures: int, prompts: int) -> None:
 
 
 def _train(out: Path, runs: Sequence[Run], options: argparse.Namespace) -> None:
-    """Train what is not done yet, as many at once as asked, each on its share of the cores."""
+    """Train what is not done yet, as many at once as asked, each on its share of the cores; partners first."""
     share = {"OMP_NUM_THREADS": str(options.threads or max(1, (os.cpu_count() or 1) // options.at_once))}
 
     def train(one: Run) -> int:
@@ -120,6 +123,7 @@ def _train(out: Path, runs: Sequence[Run], options: argparse.Namespace) -> None:
             f"precision={options.precision}",
             *QUIET,
             *KINDS[one.kind],
+            f"optimizer.learning_rate={options.rate or RATES[one.kind]}",
             *PREDICTIONS[options.prediction],
             *one.sets,
         )
@@ -131,12 +135,16 @@ def _train(out: Path, runs: Sequence[Run], options: argparse.Namespace) -> None:
             "--output",
             str(out / "runs" / one.name),
         ]
+        if one.partner:
+            places += ["--partner", str(out / "runs" / one.partner)]
         command = ["train-expert", "--config", str(CONFIGS / "expert.toml"), *places, "--device", "cpu"]
         return start([*command, *(part for one_set in sets for part in ("--set", one_set))], share).wait()
 
-    with ThreadPoolExecutor(options.at_once) as pool:
-        if failed := [one.name for one, code in zip(runs, pool.map(train, runs), strict=True) if code]:
-            raise SystemExit(f"not trained: {', '.join(failed)}")
+    for asks in (False, True):
+        turn = [one for one in runs if bool(one.partner) == asks]
+        with ThreadPoolExecutor(options.at_once) as pool:
+            if failed := [one.name for one, code in zip(turn, pool.map(train, turn), strict=True) if code]:
+                raise SystemExit(f"not trained: {', '.join(failed)}")
 
 
 def _losses(out: Path, name: str, one: Run, options: argparse.Namespace, *, of_start: bool = False) -> Any:

@@ -16,7 +16,7 @@ from cache_builder.encode import Crop
 from cache_builder.keys import image_digest
 from cache_builder.pixels import Picture as DecodedPicture
 from cache_builder.pixels import decode_picture
-from cache_builder.samples import Sample
+from cache_builder.sample import Sample
 from cache_builder.split import Thumbnail
 from cache_builder.todo import Picture, Pictures
 from shared.errors import DataError

@@ -83,6 +83,7 @@ SAYINGS: dict[str, Callable[[_Fields], str]] = {
     "config": lambda of: f"{of['key']} changed from {of['before']} to {of['after']}",
     "move": lambda of: f"Moved on to manifest {of['manifest']} {of['digest']} at step {of['step']}",
     "corrupt": lambda of: f"A damaged sample was replaced: {of['path']}: {of['why']}",
+    "partner": lambda of: f"From step {of['step']} on it meets {of['partner']} as of its step {of['partner_step']}",
     "bad_checkpoint": lambda of: f"A damaged checkpoint was passed over: {of['why']}",
     "unsaved": lambda of: f"Not saved at step {of['step']}: {of['why']}",
     "stopped": lambda of: f"Stopped at step {of['step']}, saved",

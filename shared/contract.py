@@ -107,6 +107,17 @@ class OverlapFacts(_Facts):
     """Whether each step drew how far its edges lie, from 0 to width."""
 
 
+class ExposureFacts(_Facts):
+    """What an expert was shown of its partner's predictions where the partner hands over to it."""
+
+    share: float
+    """Share of its samples that came from the partner."""
+    reach: int
+    """Timesteps on either side of the edge between which the partner took them."""
+    partner: str
+    """What the partner is called."""
+
+
 class ExpertFacts(_Facts):
     """Recorded, may differ in a pair: who the expert is, and how its inputs are built."""
 
@@ -142,6 +153,8 @@ class ExpertFacts(_Facts):
     """The expert that training started from, if it was one."""
     overlap: OverlapFacts | None = None
     """What it was trained on beyond its range, if anything; it answers for its range alone."""
+    exposure: ExposureFacts | None = None
+    """What it met of a partner's predictions, if anything."""
     manifests: tuple[ManifestUse, ...]
     """Manifests it was trained on, in order."""
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from shared.schedule import BETAS, STRATUM_BITS, NoiseSchedule, TimestepRange, cumulate
 from trainer.config import ExpertConfig
+from trainer.exposure_config import chance_in_reach
 from trainer.overlap import widest_range
 from trainer.timestep_bias import timestep_shares
 
@@ -124,6 +125,15 @@ def _overlap(config: ExpertConfig) -> Iterator[str]:
     yield f"{setting} spends {share} of a step's samples beyond {config.range}, where another expert answers"
 
 
+def _exposure(config: ExpertConfig) -> Iterator[str]:
+    """How often the partner is asked, and where."""
+    own, bias = config.loss.exposure, config.loss.timestep_bias
+    if own.share:
+        chance = chance_in_reach(own, bias, config.range, config.schedule.num_timesteps)
+        near = TimestepRange(config.range.high - own.reach, config.range.high)
+        yield f"loss.exposure.share = {own.share:g} takes {chance:.1%} of the samples in {near} from the partner"
+
+
 def _spacing(config: ExpertConfig) -> Iterator[str]:
     """Steps that a spacing never takes at inference are trained for nothing; SDXL's own `leading` is left alone."""
     schedule = config.schedule
@@ -143,7 +153,17 @@ def _caption_dropout(config: ExpertConfig) -> Iterator[str]:
         yield "loss.caption_dropout = 1 never shows a caption"
 
 
-_PARTS = (_min_snr, _huber, _offset_noise, _input_perturbation, _timestep_bias, _overlap, _spacing, _caption_dropout)
+_PARTS = (
+    _min_snr,
+    _huber,
+    _offset_noise,
+    _input_perturbation,
+    _timestep_bias,
+    _overlap,
+    _exposure,
+    _spacing,
+    _caption_dropout,
+)
 
 
 def _schedule(config: ExpertConfig) -> NoiseSchedule:

@@ -52,6 +52,8 @@ class TrainingState:
     skipped: int  # optimizer steps skipped because gradients were not finite
     threads: int  # sums are taken in another order with another number
     torch: str
+    partner_step: int | None = None  # of the partner's checkpoint that was asked last; None where nobody is
+    partner_sha256: str | None = None  # of the weights in it
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,8 @@ def save_checkpoint(
             _write_json(temporary / folder / "config.json", dict(export.config))
         _write_tensors(temporary / folder / export.file, tensors, export.metadata)
     _write_tensors(temporary / OPTIMIZER_FILE, optimizer)
-    _write_json(temporary / "state.json", {"format": CHECKPOINT_FORMAT, **state.__dict__})
+    known = {name: value for name, value in state.__dict__.items() if value is not None}
+    _write_json(temporary / "state.json", {"format": CHECKPOINT_FORMAT, **known})
     _write_json(temporary / "expert.json", card.model_dump(mode="json"))
     _write_text(temporary / "README.md", readme)
     _write_json(temporary / "checksums.json", {str(p.relative_to(temporary)): _sum(p) for p in _files(temporary)})

@@ -12,6 +12,7 @@ from shared.schedule import HuberSchedule, PredictionType, TimestepRange, check_
 from trainer.adapter_config import AdapterConfig
 from trainer.caption_dropout import DropoutByTimestep
 from trainer.data_config import DataConfig
+from trainer.exposure_config import ExposureConfig, chance_in_reach
 from trainer.optimizer_config import OptimizerConfig
 from trainer.overlap import Overlap
 from trainer.timestep_bias import TimestepBias, timestep_shares
@@ -62,6 +63,7 @@ class LossConfig(Config):
     """Deviation of noise that is added to what the UNet is shown and not to what it is asked for."""
     timestep_bias: TimestepBias = TimestepBias()
     overlap: Overlap = Overlap()
+    exposure: ExposureConfig = ExposureConfig()
     caption_dropout: DropoutByTimestep = DropoutByTimestep(low=0.1, high=0.1)
     """Share of samples trained without their caption, for classifier-free guidance; {low, high} runs with t."""
     null_prompt: Literal["auto", "zeros", "encoded"] = "auto"
@@ -232,6 +234,8 @@ class ExpertConfig(Config):
             )
         try:
             timestep_shares(self.loss.timestep_bias, self.range)
+            if self.loss.exposure.share:
+                chance_in_reach(self.loss.exposure, self.loss.timestep_bias, self.range, self.schedule.num_timesteps)
         except ConfigError as error:
             raise ValueError(str(error)) from None
 

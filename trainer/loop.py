@@ -23,6 +23,7 @@ from trainer.compiled import compile_blocks, recompiling_is_an_error, warm_up
 from trainer.config import ExpertConfig
 from trainer.data import BatchReader, prefetch, read_null_text
 from trainer.ema import Ema
+from trainer.exposure import exposure_to
 from trainer.held_out import HeldOut
 from trainer.learning_rate import rate_share
 from trainer.loss import DenoisingLoss
@@ -31,6 +32,7 @@ from trainer.meter import Meter
 from trainer.model_card import model_card
 from trainer.optim import Optimizer
 from trainer.partitions import own_micro_batches, own_places, partitions_read, partitions_text
+from trainer.partner import stand_by
 from trainer.processes import joined
 from trainer.run import Request, Run, make_order, open_run_together
 from trainer.saving import SaveTurns, surviving_a_full_disk
@@ -81,6 +83,7 @@ def train_expert(request: Request) -> int:
             for model in (trained, unet)
         )
         schedule = run.card.contract.schedule(device)
+        partner = stand_by(run.partner, request, settings.text_widths[1], device)
         loss = DenoisingLoss(
             schedule,
             config.range,
@@ -89,6 +92,7 @@ def train_expert(request: Request) -> int:
             config.loss,
             config.seed,
             read_null_text(store, run.manifest, facts.null_prompt, device),
+            exposure_to(partner.predict, config, schedule) if partner else None,
         )
         pools = view_of(run.manifest, config.data, partitions, config.partitions)
         reader = BatchReader(
@@ -110,6 +114,8 @@ def train_expert(request: Request) -> int:
         if config.partitions > 1:
             seen += f", {partitions_text(partitions, config.partitions)}"
         say(f"{config.name}: timesteps {describe_timesteps(config)}, {seen}, {device}, {config.precision}")
+        if partner is not None:
+            run.log.write("partner", step=run.first_step, **partner.fields())
         for line in [*objective_advice(config), *start_advice(config, request.model, request.start)]:
             run.log.write("advice", why=line)
             say(f"note: {line}")
@@ -162,6 +168,9 @@ def train_expert(request: Request) -> int:
                     by_t = bins.read(processes.total(bins.take()))
                     run.log.write("step", step=done, epoch=int(epoch), **values, bins=[one.as_list() for one in by_t])
                     curves.log(values | {f"loss/{one.name}": one.loss for one in by_t}, done)
+                    if partner is not None and not is_last and (took_s := partner.renew(processes)):
+                        run.log.write("partner", step=done, **partner.fields())
+                        meter.leave_out(took_s)
                     if int(skipped) > config.optimizer.max_skipped:
                         raise DataError(f"{int(skipped)} steps had gradients that were not finite: giving up at {done}")
                 is_saving = processes.is_first and (save_turns.is_turn(done) or is_last or is_asked)
@@ -181,6 +190,8 @@ def train_expert(request: Request) -> int:
                         skipped=int(skipped),
                         threads=torch.get_num_threads(),
                         torch=torch.__version__,
+                        partner_step=partner.step if partner else None,
+                        partner_sha256=partner.sha256 if partner else None,
                     )
                     moments = optimizer.tensors()
                     room = surviving_a_full_disk(run.folder, run.log, done, is_last_chance=is_last or is_asked)

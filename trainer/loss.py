@@ -34,6 +34,8 @@ from trainer.timestep_bias import timestep_shares
 
 # (x_t [B, 4, h, w], t int64 [B], text, time_ids [B, 6]) -> prediction [B, 4, h, w]
 Predict = Callable[[Tensor, Tensor, PromptEmbeds, Tensor], Tensor]
+# (batch, x_0 and eps [B, 4, h, w], t int64 [B]) -> the noise that stands in for eps (trainer/exposure.py)
+Expose = Callable[[Batch, Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ class DenoisingLoss:
     settings: LossConfig
     seed: int
     null_text: PromptEmbeds | None = None  # [1, ...], in place of captions that are dropped; None: zeros
+    expose: Expose | None = None  # samples that come from the partner; None: there are none
 
     @property
     def trained(self) -> TimestepRange:
@@ -75,12 +78,15 @@ class DenoisingLoss:
         Offset noise (Guttenberg 2023, "Diffusion with offset noise") belongs to eps, so it is learned; input
         perturbation (Ning et al. 2023, arXiv:2301.11706) is shown to the UNet and not asked of it.
         """
-        shares = self._dropout_shares[t.clamp(self.within.low, self.within.high - 1) - self.within.low]
-        batch = drop_captions(batch, shares, self.null_text, self.seed)
         posterior_eps, eps = self.noise("posterior", batch), self.noise("eps", batch)
         if self.settings.offset_noise:
             a_pixel = batch.moments.mean[..., :1, :1]
             eps = eps + self.settings.offset_noise * place_noise(self.seed, "offset", batch.places, a_pixel)
+        if self.expose is not None:
+            x_0 = sample_latents(batch.moments, self.scaling_factor, posterior_eps)
+            eps = self.expose(batch, x_0, eps, t)
+        shares = self._dropout_shares[t.clamp(self.within.low, self.within.high - 1) - self.within.low]
+        batch = drop_captions(batch, shares, self.null_text, self.seed)
         shown_eps = eps
         if self.settings.input_perturbation:
             shown_eps = eps + self.settings.input_perturbation * self.noise("perturbation", batch)

@@ -133,6 +133,9 @@ def _made_of(facts: ExpertFacts, datasets: Sequence[str]) -> Iterable[str]:
     if facts.overlap:
         reach = "up to" if facts.overlap.jitter else "with"
         yield f"timesteps beyond its own: trained {reach} {facts.overlap.width} at each edge where a partner goes on"
+    if facts.exposure:
+        met = f"{facts.exposure.share:.3g} of its samples, within {facts.exposure.reach} timesteps of the edge,"
+        yield f"hand-over exposure: {met} came from predictions of {code(facts.exposure.partner)}"
     yield f"layout {code(facts.layout)}, null prompt {code(facts.null_prompt)}, precision {code(facts.precision)}"
     if facts.layout == "sdxl-refiner":
         yield f"aesthetic score {facts.aesthetic_score:g}, of the null prompt {facts.negative_aesthetic_score:g}"

@@ -21,6 +21,10 @@ Device = Annotated[str, typer.Option(help="auto, cuda, mps or cpu.")]
 Start = Annotated[
     Path | None, typer.Option(help="Run folder or checkpoint of an expert whose weights training starts from.")
 ]
+Partner = Annotated[
+    Path | None,
+    typer.Option(help="With loss.exposure: run folder or checkpoint of the expert that hands over to this one."),
+]
 Move = Annotated[str | None, typer.Option(help="Go on with the newest manifest of this name, in a new epoch.")]
 
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what it would do and how long; write nothing.")]
@@ -42,7 +46,7 @@ Out = Annotated[Path, typer.Option("--out", help="Folder for the pictures.")]
 Wait = Annotated[bool, typer.Option("--wait", help="Wait until a build has sealed the manifest.")]
 Base = Annotated[
     Path | None,
-    typer.Option(help="Run, checkpoint or model folder that adapter experts stand on, if it is not --model."),
+    typer.Option(help="Run, checkpoint, model folder or .safetensors that adapters stand on, if it is not --model."),
 ]
 Steps = Annotated[int, typer.Option(min=1, max=1000, help="Steps of the scheduler.")]
 Guidance = Annotated[

@@ -23,16 +23,18 @@ from shared.store import StoreReader
 from trainer.advice import describe_timesteps, objective_advice
 from trainer.config import ExpertConfig
 from trainer.data import BatchReader, read_null_text
+from trainer.exposure import exposure_to
 from trainer.loop import predict_in_precision
 from trainer.loss import DenoisingLoss
 from trainer.memory import count_memory, pass_on_meta, state_bytes
 from trainer.optim import Optimizer
 from trainer.partitions import PartitionedOrder, partitions_held
+from trainer.partner import partner_bytes, stand_by
 from trainer.rotation import WITH_OPTIMIZER
 from trainer.run import Prospect, Request, look_at_run
 from trainer.sampler import Pool
 from trainer.start import start_advice
-from trainer.trained import load_trained
+from trainer.trained import frozen_dtype, load_trained
 from trainer.unet import ConditionedUnet
 from trainer.view import row_count, view_of
 
@@ -56,6 +58,7 @@ class Rehearsal:
     parameters_trained: int
     device: str
     memory_bytes: int
+    partner_bytes: int
     checkpoint_bytes: int
     kept_bytes: int
     bytes_free: int
@@ -82,6 +85,7 @@ class Rehearsal:
             f"epochs       {self.epochs:.1f}, of {self.steps_per_epoch:.1f} steps",
             f"parameters   {self.parameters_trained / 1e6:.2f} M trained of {self.parameters / 1e6:.2f} M",
             f"memory       {size_text(self.memory_bytes)} on {self.device}, counted for the largest bucket",
+            *([f"partner      {size_text(self.partner_bytes)} of that"] if self.partner_bytes else []),
             f"disk         {size_text(self.checkpoint_bytes)} a checkpoint, {size_text(self.kept_bytes)} for all kept; "
             f"{size_text(self.bytes_free)} free",
             *([f"time         {timing}"] if timing else []),
@@ -108,6 +112,7 @@ def rehearse(request: Request, *, with_timing: bool = True) -> Rehearsal:
     state = sum(state_bytes(p, config.optimizer, config.precision == "bf16-lean") for p in trained)
     averaged = (average if config.adapter else max(average, whole)) if average else 0
     keeps = config.checkpoint.keep + config.checkpoint.keep_best
+    of_partner = partner_bytes(found.partner, request.model, frozen_dtype(config)) if found.partner else 0
     per_epoch = order.per_epoch(8) / config.accumulation
     return Rehearsal(
         name=config.name,
@@ -123,7 +128,8 @@ def rehearse(request: Request, *, with_timing: bool = True) -> Rehearsal:
         parameters_trained=sum(p.numel() for p in trained),
         device=str(device),
         step_s=_time(request, found, held, pools, device) if with_timing else None,
-        memory_bytes=_memory(config, found, pools, unet),
+        memory_bytes=_memory(config, found, pools, unet) + of_partner,
+        partner_bytes=of_partner,
         checkpoint_bytes=whole + averaged + state,
         kept_bytes=keeps * (whole + averaged) + min(keeps, WITH_OPTIMIZER) * state,
         bytes_free=shutil.disk_usage(_there(request.output)).free,
@@ -176,15 +182,18 @@ def _time(request: Request, found: Prospect, held: list[int], pools: list[Pool],
     trained = [parameter for parameter in unet.parameters() if parameter.requires_grad]
     optimizer = Optimizer(trained, config.optimizer, is_lean=config.precision == "bf16-lean")
     order = _order(config, held, pools)
+    schedule = found.card.contract.schedule(device)
+    partner = stand_by(found.partner, request, settings.text_widths[1], device)
     with StoreReader(request.store) as store:
         loss = DenoisingLoss(
-            found.card.contract.schedule(device),
+            schedule,
             config.range,
             config.schedule.prediction_type,
             settings.scaling_factor,
             config.loss,
             config.seed,
             read_null_text(store, found.manifest, found.card.facts.null_prompt, device),
+            exposure_to(partner.predict, config, schedule) if partner else None,
         )
         reader = BatchReader(
             store,

@@ -27,6 +27,7 @@ from shared.runlog import RunLog
 from trainer.checkpoint import Checkpoint, open_checkpoint, resumable_checkpoint, set_aside_newer
 from trainer.config import MAY_CHANGE, ExpertConfig, resolve_null_prompt
 from trainer.partitions import PartitionedOrder, own_places, partitions_held, partitions_read, require_partitions
+from trainer.partner import check_partner, exposure_facts, find_partner
 from trainer.processes import Processes
 from trainer.sampler import Pool
 from trainer.start import Start, check_start, choose_start, same_start
@@ -46,6 +47,7 @@ class Request:
     device: str = "auto"
     move_to_manifest: str | None = None
     start: Path | None = None  # another expert whose weights it begins with
+    partner: Path | None = None  # the expert that hands over to it, for loss.exposure
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,7 @@ class Run:
     start: Start
     log: RunLog
     lease: Lease | None  # None in processes that help the one that holds it
+    partner: Checkpoint | None = None  # whose predictions it is exposed to
 
     @property
     def first_step(self) -> int:
@@ -110,6 +113,7 @@ class Prospect:
     manifest: Manifest
     checkpoint: Checkpoint | None
     start: Start
+    partner: Checkpoint | None = None
 
 
 def look_at_run(request: Request) -> Prospect:
@@ -129,7 +133,7 @@ def look_at_run(request: Request) -> Prospect:
         manifest, card = _move(request, card, checkpoint)
     else:
         manifest = _same_manifest(request, card)
-    return Prospect(card, manifest, checkpoint, start)
+    return Prospect(card, manifest, checkpoint, start, _partner(request, card, checkpoint))
 
 
 def _prospect_of_new(request: Request, partitions: Sequence[int] | None = None) -> Prospect:
@@ -140,7 +144,15 @@ def _prospect_of_new(request: Request, partitions: Sequence[int] | None = None) 
     check_names(request.config, start)
     card = _new_card(request, manifest, start)
     check_start(card, start)
-    return Prospect(card, manifest, None, start)
+    partner = _partner(request, card, None)
+    card = _with(card, exposure=exposure_facts(request.config, partner))
+    return Prospect(card, manifest, None, start, partner)
+
+
+def _partner(request: Request, card: ExpertCard, going_on: Checkpoint | None) -> Checkpoint | None:
+    partner = find_partner(request.config, request.partner, going_on)
+    check_partner(card, request.config, request.model, partner)
+    return partner
 
 
 def _start_again(request: Request, card: ExpertCard) -> Start | None:
@@ -169,8 +181,9 @@ def open_run_together(request: Request, processes: Processes) -> Run:
     except ExpertsError:
         processes.tell({})
         raise
-    use, checkpoint = run.manifest_use, run.checkpoint
+    use, checkpoint, partner = run.manifest_use, run.checkpoint, run.partner
     where = {"manifest": use.name, "digest": use.digest, "checkpoint": checkpoint.path.name if checkpoint else None}
+    where["partner"] = str(partner.path) if partner else None
     processes.tell(where)
     return run
 
@@ -186,7 +199,8 @@ def _join_run(request: Request, told: dict[str, Any], partitions: Sequence[int])
     card = _read_card(folder)
     begun = same_start(request.config, request.model, request.start, card.facts.start)
     start = begun or _own_start(request, card, checkpoint)
-    return Run(folder, request.config, card, manifest, checkpoint, start, RunLog(Path(os.devnull)), None)
+    partner = open_checkpoint(Path(told["partner"])) if told["partner"] else None
+    return Run(folder, request.config, card, manifest, checkpoint, start, RunLog(Path(os.devnull)), None, partner)
 
 
 def _is_foreign(folder: Path) -> bool:
@@ -202,7 +216,7 @@ def _begin(request: Request, new: Prospect, lease: Lease) -> Run:
     write_card(request.output, new.card)
     log = RunLog(request.output / "events.jsonl")
     log.write("begin", name=request.config.name, manifest=new.manifest.name, digest=new.manifest.digest, step=0)
-    return Run(request.output, request.config, new.card, new.manifest, None, new.start, log, lease)
+    return Run(request.output, request.config, new.card, new.manifest, None, new.start, log, lease, new.partner)
 
 
 def _go_on(request: Request, lease: Lease, partitions: Sequence[int]) -> Run:
@@ -223,6 +237,7 @@ def _go_on(request: Request, lease: Lease, partitions: Sequence[int]) -> Run:
         if checkpoint is not None:
             set_aside_newer(checkpoint)
         start = start or _own_start(request, card, checkpoint)
+        partner = _partner(request, card, checkpoint)
         step = checkpoint.state.step if checkpoint else 0
         card = _with_manifests(card, tuple(use for use in card.facts.manifests if use.from_step <= step))
         if request.move_to_manifest:
@@ -238,7 +253,7 @@ def _go_on(request: Request, lease: Lease, partitions: Sequence[int]) -> Run:
         write_card(folder, card)
         log.write("resume", step=step, digest=manifest.digest)
         on_error.pop_all()
-    return Run(folder, request.config, card, manifest, checkpoint, start, log, lease)
+    return Run(folder, request.config, card, manifest, checkpoint, start, log, lease, partner)
 
 
 def _own_start(request: Request, card: ExpertCard, checkpoint: Checkpoint | None) -> Start:
@@ -327,7 +342,11 @@ def _read_card(folder: Path) -> ExpertCard:
 
 
 def _with_manifests(card: ExpertCard, uses: tuple[ManifestUse, ...]) -> ExpertCard:
-    return card.model_copy(update={"facts": card.facts.model_copy(update={"manifests": uses})})
+    return _with(card, manifests=uses)
+
+
+def _with(card: ExpertCard, **facts: Any) -> ExpertCard:
+    return card.model_copy(update={"facts": card.facts.model_copy(update=facts)})
 
 
 def _same_manifest(request: Request, card: ExpertCard, partitions: Sequence[int] | None = None) -> Manifest:
