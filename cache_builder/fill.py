@@ -3,19 +3,19 @@
 decoding.py (threads) -> runners.py (a thread, or a process for each device) -> here, in the one thread that writes
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 
 import numpy as np
 
 from cache_builder.config import BuildConfig
-from cache_builder.decoding import DecodedCrop, crop_batches
-from cache_builder.encode import Captions, Framed, Job, Records
+from cache_builder.decoding import DecodedCrop, Encoded, crop_batches, cut, decode_sample
+from cache_builder.encode import Captions, Framed, Job, Pixels
 from cache_builder.key_arrays import Indices, each, parts
 from cache_builder.preview_fit import PreviewKeeper
 from cache_builder.report import BuildReport
-from cache_builder.runners import Runner
+from cache_builder.runners import PictureRunner, Runner
 from cache_builder.samples import Sample, Samples
 from cache_builder.split import THUMBNAIL_HWC, Thumbnail
 from cache_builder.todo import (
@@ -29,6 +29,7 @@ from cache_builder.todo import (
     text_bytes,
 )
 from cache_builder.truncated import count_texts, tell_truncated
+from shared.errors import DataError
 from shared.progress import progress
 from shared.record import encode_record
 from shared.store import StoreWriter, free_bytes
@@ -74,14 +75,24 @@ class Filler:
         """Decode, encode and commit side by side, batch by batch; returns why what key could not be made."""
         unreadable: dict[bytes, str] = {}  # filled by the thread that decodes, looked at when it has ended
         broken: dict[bytes, str] = {}
-        jobs = self._picture_jobs(pictures, unreadable)
         with progress("pictures", len(pictures.crops), "crops") as advance:
-            with closing(self.runner.run(jobs)) as done:
-                for batch, records in done:
-                    broken |= self._commit(pictures.samples, batch, records)
+            with closing(self._encoded(pictures, unreadable)) as done:
+                for batch in done:
+                    broken |= self._commit(pictures.samples, batch)
                     advance(len(batch))
             advance(len(unreadable))
         return unreadable | broken
+
+    def _encoded(self, pictures: Pictures, unreadable: dict[bytes, str]) -> Generator[list[Encoded]]:
+        if isinstance(self.runner, PictureRunner):
+            yield from self.runner.run_pictures(pictures, self.config.encode, unreadable)
+            return
+        with closing(self.runner.run(self._picture_jobs(pictures, unreadable))) as done:
+            for batch, records in done:
+                yield [
+                    Encoded(item.picture, item.crop.key, item.thumbnail, framed, item.crop.pixels)
+                    for item, framed in zip(batch, records, strict=True)
+                ]
 
     def _picture_jobs(
         self, pictures: Pictures, unreadable: dict[bytes, str]
@@ -90,20 +101,27 @@ class Filler:
             for batch in batches:
                 yield batch, [item.crop for item in batch]
 
-    def _commit(self, samples: Samples, batch: Sequence[DecodedCrop], made: Records) -> dict[bytes, str]:
+    def _commit(self, samples: Samples, batch: Sequence[Encoded]) -> dict[bytes, str]:
         lost: dict[bytes, str] = {}
         records: dict[bytes, bytes] = {}
-        for item, latents in zip(batch, made, strict=True):
-            if latents is None:
-                lost[item.crop.key] = "its latents are not finite"
+        for item in batch:
+            if item.framed is None:
+                lost[item.key] = "its latents are not finite"
                 continue
-            self.preview.add(item.crop.pixels, *latents)
-            records |= [latents, _facts_record(item.picture.samples[0], item.thumbnail)]
+            self._learn_preview(item, item.framed)
+            records |= [item.framed, facts_record(item.picture.samples[0], item.thumbnail)]
             for sample in item.picture.samples:
                 samples.learn(sample.index, item.thumbnail)
             self.report.encoded_crops += 1
         self.store.put_many(list(records.items()))
         return lost
+
+    def _learn_preview(self, item: Encoded, framed: Framed) -> None:
+        if not self.preview.is_learning:
+            return
+        pixels = _cut_again(item) if item.pixels is None else item.pixels
+        if pixels is not None:
+            self.preview.add(pixels, *framed)
 
     def _require_space(self, needed_bytes: int) -> None:
         require_space(self.store.path, needed_bytes, free_bytes(self.store.path))
@@ -113,7 +131,18 @@ def _captions(samples: Samples, texts: Indices) -> Captions:
     return Captions([samples.text(index) for index in texts.tolist()], [*each(samples.texts["key"][texts])])
 
 
-def _facts_record(sample: Sample, thumb: Thumbnail) -> Framed:
+def _cut_again(item: Encoded) -> Pixels | None:
+    """The pixels of a crop that another machine encoded, for the few that a preview is fitted on."""
+    sample = item.picture.samples[0]
+    try:
+        decoded = decode_sample(sample)
+    except DataError:  # gone by now; another picture will do
+        return None
+    return cut(decoded, [crop for crop in item.picture.crops if crop.latent_key == item.key], sample.rules)[0].pixels
+
+
+def facts_record(sample: Sample, thumb: Thumbnail) -> Framed:
+    """What is known of a picture once it has been decoded."""
     meta = {"original_hw": list(sample.original_hw)}
     pixels = np.frombuffer(thumb, np.uint8).reshape(THUMBNAIL_HWC)
     return sample.facts_key, encode_record(sample.facts_key, "picture facts", {"thumbnail": pixels}, meta)

@@ -66,7 +66,7 @@ class Sample:
         return str(self._samples.said(self._row)[0])
 
     @property
-    def read(self) -> Callable[[], bytes]:
+    def read(self) -> "partial[bytes]":
         """Gives the bytes of the picture, or raises DataError."""
         return partial(self._samples.reader(self._row), *self._samples.said(self._row)[1])
 
