@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -33,6 +34,7 @@ from shared.weights import find_weights, read_json_object
 
 if TYPE_CHECKING:
     from cache_builder.ray_runner import RayCluster
+    from cache_builder.transfer.shard_output import ShardOutput
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,8 @@ class BuildOptions:
     """Where pictures and captions are encoded: on `device`, or by the workers of a Ray cluster."""
     ray_address: str | None = None
     """Of a running cluster, as ray.init takes it; None starts one on this machine."""
+    shards_to: str | None = None
+    """Folder or bucket into which workers write records, as an export; the store keeps what a scan needs."""
 
 
 def build(
@@ -85,9 +89,11 @@ def build(
         scanner = Scanner(config, vae.digest, dtype, text.digests, report, memory=options.store, rehash=options.rehash)
         samples = scanner.scan(sources, store)
         meta = meta_types(samples)
+        shards = _shards(options)
         encoder = SampleEncoder(model, options.device, dtype, config.encode.latents, config.text.chunks)
-        with cluster.runner(encoder, vae.digest, text.digests) if cluster else open_runner(encoder) as runner:
-            filler = Filler(store, config, report, runner, PreviewKeeper(options.store, vae.digest))
+        with cluster.runner(encoder, vae.digest, text.digests, shards) if cluster else open_runner(encoder) as runner:
+            preview, elsewhere = PreviewKeeper(options.store, vae.digest), shards.keys if shards else None
+            filler = Filler(store, config, report, runner, preview, elsewhere)
             filler.encode_captions(samples, text, options.prompts)
             usable = filler.encode_pictures(samples, vae)
         report.quarantined.sort()
@@ -96,15 +102,12 @@ def build(
         report.held_out = int(split.sum())
         settings = _settings(config, vae, text, dtype, datasets, index, meta, options.prompts)
         rows = SampleRows(usable, split, meta)
-        report.digest = seal_manifest(
-            options.store,
-            options.manifest,
-            settings,
-            rows,
-            in_order=True,
-            replace=options.replace,
-            allow_shrink=options.allow_shrink,
-        ).digest
+        where = {"in_order": True, "replace": options.replace, "allow_shrink": options.allow_shrink}
+        if shards:
+            seal = partial(seal_manifest, name=options.manifest, settings=settings, rows=rows, **where)
+            report.digest = shards.finish(options.store, options.manifest, seal)
+        else:
+            report.digest = seal_manifest(options.store, options.manifest, settings, rows, **where).digest
     report.check()
     report.seconds = time.monotonic() - started_s
     return report
@@ -116,6 +119,14 @@ def _cluster(options: BuildOptions, config: BuildConfig) -> "AbstractContextMana
     from cache_builder.ray_runner import open_ray
 
     return open_ray(options.ray_address, options.device, config.ray)
+
+
+def _shards(options: BuildOptions) -> "ShardOutput | None":
+    if options.shards_to is None:
+        return None
+    from cache_builder.transfer.shard_output import ShardOutput
+
+    return ShardOutput(options.shards_to)
 
 
 def encode_dtype(config: BuildConfig, vae: VaeFacts, device: str) -> EncodeDtype:

@@ -64,7 +64,7 @@ def pictures_message(pictures: Sequence[Picture], files: Sequence[bytes] | None,
 def _row(picture: Picture, place: Place | None) -> list[Any]:
     sample = picture.samples[0]
     crops = [[crop.latent_key, plan_numbers(crop.plan)] for crop in picture.crops]
-    return [place, sample.digest, sample.original_hw, astuple(sample.rules), astuple(sample.limits), crops]
+    return [place, sample.digest, sample.facts_key, sample.original_hw, astuple(sample.rules), astuple(sample.limits), crops]
 
 
 def read_here(
@@ -108,6 +108,7 @@ class SentPicture:
     """It, and which of its crops are wanted; `is_sent` says that its bytes came along."""
 
     index: int
+    facts_key: bytes
     sample: Decodable
     crops: list[PlannedCrop]
     is_sent: bool
@@ -116,12 +117,12 @@ class SentPicture:
 def sent_pictures(header: Header, blobs: Sequence[bytearray], trees: "Trees") -> list[SentPicture]:
     """The pictures of a message, on the worker's side."""
     found = []
-    for index, (place, digest, size_hw, rules, limits, crops) in enumerate(header["pictures"]):
+    for index, (place, digest, facts_key, size_hw, rules, limits, crops) in enumerate(header["pictures"]):
         read = partial(bytes, blobs[index]) if place is None else partial(trees.read, place)
         background, resample = rules
         sample = SentSample(read, digest, tuple(size_hw), PixelRules(tuple(background), resample), PixelLimits(*limits))
         planned = [PlannedCrop(unpacked(numbers), key) for key, numbers in crops]
-        found.append(SentPicture(index, sample, planned, place is None))
+        found.append(SentPicture(index, facts_key, sample, planned, place is None))
     return found
 
 

@@ -45,6 +45,9 @@ RayAddress = Annotated[
     typer.Option(help="With --runner ray: HOST:PORT of a running cluster, or auto; else one is started here."),
 ]
 
+Output = Annotated[str, typer.Option(help="What --runner ray writes: the store, or shards (Parquet, at --to).")]
+To = Annotated[str | None, typer.Option("--to", help="With --output shards: a folder or s3://..., for cache-store import.")]
+
 
 def _cache_build(
     store: StorePath,
@@ -68,6 +71,8 @@ def _cache_build(
     model_config: ModelConfig = None,
     runner: Runner = "local",
     ray_address: RayAddress = None,
+    output: Output = "store",
+    to: To = None,
 ) -> None:
     """Encode captioned pictures, FOLDER or the data sets of --config, into a store, once; reuse what is stored."""
     from cache_builder.build import BuildOptions, build
@@ -85,6 +90,12 @@ def _cache_build(
         raise ConfigError(f"--runner {runner}: it is local or ray")
     if ray_address is not None and runner != "ray":
         raise ConfigError("--ray-address is for --runner ray")
+    if output not in ("store", "shards") or (output == "shards") != (to is not None):
+        raise ConfigError(f"--output {output}: it is store, or shards with --to FOLDER or --to s3://BUCKET/PREFIX")
+    if to is not None and runner != "ray":
+        raise ConfigError(
+            "--output shards is for --runner ray; on one machine build the store, and cache-store export STORE --to URL"
+        )
     if dry_run and runner == "ray":
         raise ConfigError("--dry-run tries and times the encoder of this machine: leave --runner ray out")
     short = [] if resolution is None else [f"images.resolution={resolution}"]

@@ -86,6 +86,8 @@ class Encoded:
     framed: Framed | None
     pixels: Pixels | None
     """None where another machine has them."""
+    is_elsewhere: bool = False
+    """Whether its record is in a shard already, and not here."""
 
 
 def crop_batches(pictures: Pictures, rules: EncodeRules, lost: dict[bytes, str]) -> Generator[list[DecodedCrop]]:

@@ -7,17 +7,15 @@ from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 
-import numpy as np
-
 from cache_builder.config import BuildConfig
 from cache_builder.decoding import DecodedCrop, Encoded, crop_batches, cut, decode_sample
-from cache_builder.encode import Captions, Framed, Job, Pixels
-from cache_builder.key_arrays import Indices, each, parts
+from cache_builder.encode import Captions, Framed, Job, Pixels, facts_record
+from cache_builder.key_arrays import Indices, Keys, each, parts
 from cache_builder.preview_fit import PreviewKeeper
 from cache_builder.report import BuildReport
 from cache_builder.runners import PictureRunner, Runner
 from cache_builder.samples import Sample, Samples
-from cache_builder.split import THUMBNAIL_HWC, Thumbnail
+from cache_builder.split import Thumbnail
 from cache_builder.todo import (
     Pictures,
     account_for,
@@ -31,7 +29,6 @@ from cache_builder.todo import (
 from cache_builder.truncated import count_texts, tell_truncated
 from shared.errors import DataError
 from shared.progress import progress
-from shared.record import encode_record
 from shared.store import StoreWriter, free_bytes
 from shared.text_encoders import TextFacts
 from shared.vae import VaeFacts
@@ -46,11 +43,13 @@ class Filler:
     report: BuildReport
     runner: Runner
     preview: PreviewKeeper
+    elsewhere: Keys | None = None
+    """Where embeds and latents go to shards: the keys of those that are there."""
 
     def encode_captions(self, samples: Samples, text: TextFacts, prompts: Sequence[str] = ()) -> None:
         """Store the embeds of every caption and prompt that is not stored yet, and of the empty one."""
         add_prompts(samples, prompts)
-        missing = missing_texts(self.store, samples)
+        missing = missing_texts(self.store, samples, self.elsewhere)
         self.report.encoded_captions = len(missing)
         self._require_space(text_bytes(len(missing), self.config, text))
         batches = parts(missing, self.config.encode.text_batch)
@@ -64,7 +63,7 @@ class Filler:
 
     def encode_pictures(self, samples: Samples, vae: VaeFacts) -> Samples:
         """Store the latents of every crop that has none yet; returns the samples whose crops are all stored now."""
-        pictures = missing_pictures(self.store, samples)
+        pictures = missing_pictures(self.store, samples, self.elsewhere)
         self._require_space(picture_bytes(pictures, self.config, vae))
         lost = self._encode_missing(pictures)
         self.preview.keep()
@@ -105,11 +104,13 @@ class Filler:
         lost: dict[bytes, str] = {}
         records: dict[bytes, bytes] = {}
         for item in batch:
-            if item.framed is None:
+            if item.framed is None and not item.is_elsewhere:
                 lost[item.key] = "its latents are not finite"
                 continue
-            self._learn_preview(item, item.framed)
-            records |= [item.framed, facts_record(item.picture.samples[0], item.thumbnail)]
+            if item.framed is not None:
+                self._learn_preview(item, item.framed)
+                records |= [item.framed]
+            records |= [_facts_record(item.picture.samples[0], item.thumbnail)]
             for sample in item.picture.samples:
                 samples.learn(sample.index, item.thumbnail)
             self.report.encoded_crops += 1
@@ -124,7 +125,8 @@ class Filler:
             self.preview.add(pixels, *framed)
 
     def _require_space(self, needed_bytes: int) -> None:
-        require_space(self.store.path, needed_bytes, free_bytes(self.store.path))
+        if self.elsewhere is None:
+            require_space(self.store.path, needed_bytes, free_bytes(self.store.path))
 
 
 def _captions(samples: Samples, texts: Indices) -> Captions:
@@ -141,8 +143,5 @@ def _cut_again(item: Encoded) -> Pixels | None:
     return cut(decoded, [crop for crop in item.picture.crops if crop.latent_key == item.key], sample.rules)[0].pixels
 
 
-def facts_record(sample: Sample, thumb: Thumbnail) -> Framed:
-    """What is known of a picture once it has been decoded."""
-    meta = {"original_hw": list(sample.original_hw)}
-    pixels = np.frombuffer(thumb, np.uint8).reshape(THUMBNAIL_HWC)
-    return sample.facts_key, encode_record(sample.facts_key, "picture facts", {"thumbnail": pixels}, meta)
+def _facts_record(sample: Sample, thumb: Thumbnail) -> Framed:
+    return facts_record(sample.facts_key, sample.original_hw, thumb)

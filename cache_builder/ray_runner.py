@@ -21,6 +21,7 @@ from cache_builder.decoding import Encoded
 from cache_builder.encode import Captions, Job, Records, SampleEncoder
 from cache_builder.ray_worker import Worker, expected_of
 from cache_builder.todo import Picture, Pictures
+from cache_builder.transfer.shard_output import ShardOutput
 from shared import errors
 from shared.ahead import Ahead
 from shared.errors import ConfigError, ExpertsError
@@ -94,8 +95,10 @@ class RayCluster:
             )
         self._told = b""
 
-    def runner(self, like: SampleEncoder, vae_digest: str, text_digests: Mapping[str, str]) -> "RayRunner":
-        """Workers that encode as `like` does, from weights of these digests."""
+    def runner(
+        self, like: SampleEncoder, vae_digest: str, text_digests: Mapping[str, str], shards: ShardOutput | None = None
+    ) -> "RayRunner":
+        """Workers that encode as `like` does, from weights of these digests; into `shards` where there are any."""
         self._told = pack(
             {
                 "model": os.path.abspath(like.model),
@@ -104,10 +107,11 @@ class RayCluster:
                 "latents": like.latents,
                 "chunks": like.chunks,
                 "threads": self._rules.cpus,
+                "to": shards and shards.address,
                 "expects": expected_of(vae_digest, text_digests),
             }
         )
-        return RayRunner(Crew(self, self.count), self._rules)
+        return RayRunner(Crew(self, self.count), self._rules, shards)
 
     def hire(self) -> Any:
         """As crew.py says."""
@@ -149,6 +153,7 @@ class RayRunner:
 
     crew: Crew
     rules: RayRules
+    shards: ShardOutput | None = None
 
     def run(self, work: Iterable[tuple[T, Job]]) -> Generator[tuple[T, Records]]:
         """As Runner says, for captions."""
@@ -174,7 +179,10 @@ class RayRunner:
 
     def _answers(self, tasks: Iterable[Task]) -> Generator[tuple[Task, tuple[Header, Sequence[bytes]]]]:
         with Ahead(tasks, count=2) as ready, closing(self.crew.answers(ready, _said)) as answers:
-            yield from answers
+            for task, (header, frames) in answers:
+                if self.shards is not None and "shard" in header:
+                    self.shards.add(header["shard"])
+                yield task, (header, frames)
 
     def _picture_tasks(self, pictures: Pictures, rules: EncodeRules, lost: dict[bytes, str]) -> Iterator[Task]:
         for is_placed, some in alike(pictures, self.rules.chunk):
@@ -213,8 +221,8 @@ def _encoded(asked: Sequence[Picture], header: Header, frames: Sequence[bytes]) 
     made, rest = [], iter(frames)
     for index, key, thumbnail, is_finite in header["made"]:
         framed = None
-        if is_finite:
+        if is_finite and "shard" not in header:
             framed = key, next(rest)
             verify_frame(*framed)
-        made.append(Encoded(asked[index], key, thumbnail, framed, None))
+        made.append(Encoded(asked[index], key, thumbnail, framed, None, is_finite and framed is None))
     return made

@@ -2,11 +2,12 @@
 
 ray_runner.py -> message -> Worker: read | decode, in threads | encode -> answer -> ray_runner.py
 
-    told      {"model", "device", "dtype", "latents", "chunks", "expects", "threads"}
+    told      {"model", "device", "dtype", "latents", "chunks", "expects", "threads", "to"}
     job       {"pictures": [...], "rules": {...}} or {"keys": [...], "captions": [...]}    chunks.py
     answer    {"made": [[picture, key, thumbnail, is_finite], ...], "lost": [[picture, why], ...],
                "unread": [picture, ...]}
               {"keys": [...]}                                                    with the framed records as blobs
+              with "to", an address, embeds and latents go into a shard there, and {"shard": its row} comes in their place
               {"error": class, "message": str}                                   of shared.errors
 """
 
@@ -20,10 +21,12 @@ from typing import Any
 
 from cache_builder.chunks import Header, SentPicture, Trees, pack, sent_pictures, unpack
 from cache_builder.decoding import cut, decode_sample, in_order, read_sample, same_size_batches
-from cache_builder.encode import Crop, SampleEncoder
+from cache_builder.encode import Crop, Framed, SampleEncoder, facts_record
 from cache_builder.encoder_process import known_class
 from cache_builder.keys import KEY_FORMAT
+from cache_builder.places import open_place
 from cache_builder.split import Thumbnail
+from cache_builder.transfer.shard_output import write_records
 from shared.errors import ConfigError, DataError, ExpertsError, StoreError
 from shared.pictures import PIXELS_VERSION
 from shared.text_encoders import read_text_facts
@@ -56,6 +59,7 @@ class Worker:
         )
         self._encoding = threading.Lock()
         self._trees = Trees()
+        self._to = open_place(self._told["to"]) if self._told["to"] else None
 
     def check(self) -> bytes:
         """Say whether this machine has the weights, and the version of this program, that the keys name."""
@@ -81,12 +85,17 @@ class Worker:
         if "captions" in header:
             with self._encoding:
                 records = self._encoder.encode_captions(header["captions"], header["keys"])
-            return pack({"keys": [key for key, _ in records]}, [frame for _, frame in records])
+            answer: Header = {}
+            if self._to is not None:
+                answer["shard"] = write_records(self._to, records).model_dump()
+                records = records[1::2]  # facts, which both need
+            return pack(answer | {"keys": [key for key, _ in records]}, [frame for _, frame in records])
         return self._encode_pictures(sent_pictures(header, blobs, self._trees), header["rules"])
 
     def _encode_pictures(self, pictures: list[SentPicture], rules: Header) -> bytes:
         answer: Header = {"made": [], "lost": [], "unread": []}
-        frames: list[bytes] = []
+        made: list[Framed] = []
+        facts: dict[bytes, bytes] = {}
         pool = ThreadPoolExecutor(self._told["threads"], "decode")
         try:
             crops = _cut_all(pool, pictures, self._told["threads"] + rules["batch"], answer)
@@ -96,10 +105,16 @@ class Worker:
                 for each, record in zip(batch, records, strict=True):
                     answer["made"].append([each.picture.index, each.crop.key, each.thumbnail, record is not None])
                     if record is not None:
-                        frames.append(record[1])
+                        made.append(record)
+                        sample = each.picture.sample
+                        facts |= [facts_record(each.picture.facts_key, sample.original_hw, each.thumbnail)]
         finally:
             pool.shutdown(cancel_futures=True)
-        return pack(answer, frames)
+        if self._to is None:
+            return pack(answer, [frame for _, frame in made])
+        if made:
+            answer["shard"] = write_records(self._to, [*made, *facts.items()]).model_dump()
+        return pack(answer)
 
 
 def _cut_all(pool: ThreadPoolExecutor, pictures: list[SentPicture], ahead: int, answer: Header) -> Iterator[_Cut]:
