@@ -44,8 +44,6 @@ SETTINGS = (
     "images.resolution=64",
     "images.step=16",
     "images.max_aspect=1",
-    "encode.batch=256",
-    "encode.text_batch=1024",
 )
 FOLDER_FILES = 1000
 EDGE_PX = 96

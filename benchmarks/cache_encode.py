@@ -31,7 +31,7 @@ from cache_builder.fill import Filler
 from cache_builder.preview_fit import PreviewKeeper
 from cache_builder.report import BuildReport
 from cache_builder.runners import LocalRunner
-from cache_builder.samples import Sample
+from cache_builder.sample import Sample
 from cache_builder.scan import Scanner
 from cache_builder.sources.folder import FolderSource
 from shared.config import load_config

@@ -3,7 +3,7 @@
 A store of 100,000 small records and two runs of 100,000 log points each. Measured: from the start of the page's process
 to its first answer; in a browser (chromium through Playwright, where both are there) first paint, and when figures and
 curves are drawn; a status call at 20 requests/s; the processor time of a page that is looked at; and the steps of a
-trainer's stand-in beside it, in turns with the page stopped.
+tiny trainer beside it, in turns with the page stopped, by the clock and in processor time.
 """
 
 import argparse
@@ -16,28 +16,27 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from typing import Any
 from urllib.request import Request, urlopen
 
+import numpy as np
 import psutil
 
 from benchmarks.dashboard_world import write_run, write_store
 
 POLLS = {"api/status": 2.0, "api/runs": 3.0, "api/events": 5.0}  # seconds between two of a browser's questions
-STAND_IN = """
+TRAINER = """
 import sys, torch
+from pathlib import Path
+from benchmarks.train_world import SHAPES, write_world
+from trainer.loop import train_expert
 torch.set_num_threads(1)
-weights = torch.randn(512, 512)
-steps = 0
-while True:
-    torch.tanh(weights @ weights.T).sum()
-    steps += 1
-    if steps % 50 == 0:
-        print(steps, flush=True)
+world = write_world(Path(sys.argv[1]), SHAPES["tiny"], 64)
+train_expert(world.request(Path(sys.argv[2]), "cpu", "steps=1000000", "batch=1", "log.every=1"))
 """
 
 
@@ -154,12 +153,12 @@ class Browser:
                 continue
 
 
-def grow(runs: Path, ended: threading.Event) -> None:
-    """Both runs go on, a log point a second each."""
+def grow(runs: Sequence[Path], ended: threading.Event) -> None:
+    """These runs go on, a log point a second each."""
     step = 10_000_000
     while not ended.wait(1.0):
         step += 10
-        for run in runs.iterdir():
+        for run in runs:
             point = {
                 "time_s": time.time(),
                 "event": "step",
@@ -172,38 +171,59 @@ def grow(runs: Path, ended: threading.Event) -> None:
                 log.write(json.dumps(point) + "\n")
 
 
+class Trainer:
+    """A tiny expert that is trained in a process of its own, and shown on the page like the other runs."""
+
+    def __init__(self, world: Path, run: Path) -> None:
+        self._child = subprocess.Popen([sys.executable, "-c", TRAINER, str(world), str(run)], stderr=subprocess.DEVNULL)
+        self._process, self._log = psutil.Process(self._child.pid), run / "events.jsonl"
+        while not self._steps():
+            assert self._child.poll() is None
+            time.sleep(0.1)
+
+    def turn(self, seconds: float) -> "np.ndarray[tuple[int, ...], np.dtype[np.float64]]":
+        """What it does in the next `seconds`: steps, time by the clock and processor time, seconds."""
+        before = np.array([self._steps(), time.perf_counter(), sum(self._process.cpu_times()[:2])])
+        time.sleep(seconds)
+        return np.array([self._steps(), time.perf_counter(), sum(self._process.cpu_times()[:2])]) - before
+
+    def close(self) -> None:
+        """End it."""
+        self._child.kill()
+        self._child.wait()
+
+    def _steps(self) -> int:
+        return self._log.read_bytes().count(b'"event":"step"') if self._log.exists() else 0
+
+
 def cost(process: psutil.Process, address: str, runs: Path, rounds: int, turn_s: float) -> dict[str, float]:
-    """What a page that is looked at takes while both runs go on, and what a trainer's stand-in loses by it."""
-    worker = subprocess.Popen([sys.executable, "-c", STAND_IN], stdout=subprocess.PIPE, text=True)
-    steps = [0]
-    assert worker.stdout is not None
-    threading.Thread(
-        target=lambda: [steps.__setitem__(0, int(line)) for line in worker.stdout or ()], daemon=True
-    ).start()
-    ended = threading.Event()
-    growing = threading.Thread(target=grow, args=(runs, ended))
+    """What a page that is looked at takes while runs go on, and what a trainer loses by it."""
+    trainer, ended = Trainer(runs.parent / "world", runs / "trained"), threading.Event()
+    growing = threading.Thread(target=grow, args=([runs / name for name in ("base", "refiner")], ended))
     growing.start()
     looked = Browser(address)
-    rates: dict[str, list[float]] = {"with": [], "without": []}
+    turns = {True: np.zeros(3), False: np.zeros(3)}
     used_s = 0.0
     try:
         time.sleep(3)
         for number in range(2 * rounds):
             is_on = number % 2 == number // 2 % 2  # with, without, without, with: a drift weighs on both
             process.send_signal(signal.SIGCONT if is_on else signal.SIGSTOP)
-            before, used, began_s = steps[0], sum(process.cpu_times()[:2]), time.perf_counter()
-            time.sleep(turn_s)
-            rates["with" if is_on else "without"].append((steps[0] - before) / (time.perf_counter() - began_s))
+            used = sum(process.cpu_times()[:2])
+            turns[is_on] += trainer.turn(turn_s)
             used_s += sum(process.cpu_times()[:2]) - used
     finally:
         process.send_signal(signal.SIGCONT)
         ended.set()
         looked.close()
         growing.join()
-        worker.kill()
-        worker.communicate()
-    kept = median(a / b for a, b in zip(rates["with"], rates["without"], strict=True))
-    return {"share of a core": used_s / (rounds * turn_s), "steps kept": kept}
+        trainer.close()
+    (steps, took_s, cpu_s), (steps_without, took_without_s, cpu_without_s) = turns[True], turns[False]
+    return {
+        "share of a core": used_s / (rounds * turn_s),
+        "steps kept": (steps / took_s) / (steps_without / took_without_s),
+        "processor time of a step": (cpu_s / steps) / (cpu_without_s / steps_without),
+    }
 
 
 def main() -> int:

@@ -7,10 +7,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 T = 1000
-KINDS = {  # what is trained, as settings of train-expert; each at the best rate for the one model, of those tried
-    "full": ("optimizer.name=adamw", "optimizer.learning_rate=2e-4"),
-    "lora": ("adapter.rank=16", "adapter.alpha=16", "optimizer.name=adamw", "optimizer.learning_rate=2e-3"),
+KINDS = {  # what is trained, as settings of train-expert
+    "full": ("optimizer.name=adamw",),
+    "lora": ("adapter.rank=16", "adapter.alpha=16", "optimizer.name=adamw"),
 }
+RATES = {"full": 2e-4, "lora": 2e-3}  # of learning, at first; the best for the one model beginning with demo/model
 PREDICTIONS = {
     "v": (),  # as the start model's: v-prediction, zero-terminal SNR
     "epsilon": ("schedule.prediction_type=epsilon", "schedule.zero_terminal_snr=false"),

@@ -1,7 +1,7 @@
 """results.json of experts_vs_one -> pictures for docs/evidence.md: the loss timestep by timestep, and prompts followed.
 
-`python -m benchmarks.experts_plot RESULTS.json --out DIR [--kind full]` writes DIR/evidence-loss-KIND.svg and
-DIR/evidence-pictures-KIND.svg. Bands and bars are the 95 % intervals of benchmarks.experts_table.
+`python -m benchmarks.experts_plot FILE.json --out DIR` writes DIR/FILE-loss-KIND.svg and DIR/FILE-pictures-KIND.svg.
+Bands and bars are the 95 % intervals of benchmarks.experts_table.
 """
 
 import argparse
@@ -26,11 +26,13 @@ if TYPE_CHECKING:
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito (2008)
 
 
-def plot_losses(results: Mapping[str, Any], kind: str, out: Path) -> Path:
+def plot_losses(results: Mapping[str, Any], kind: str, path: Path) -> Path:
     """Of each pair the change of the loss against the one model's in stretches of timesteps; a panel for a boundary."""
     panels: dict[str, list[str]] = {}
     for name in arm_names(results, kind):
-        panels.setdefault(name.split(",")[0].split()[-1], []).append(name)
+        if "," in name:  # a variation of a pair
+            continue
+        panels.setdefault(name.split()[-1], []).append(name)
     figure, axes = plt.subplots(len(panels), 1, figsize=(7.6, 2.4 * len(panels)), sharex=True, squeeze=False)
     for axis, (boundary, names) in zip(axes[:, 0], panels.items(), strict=True):
         axis.axvline(int(boundary), color="black", linestyle="dotted", linewidth=1)
@@ -41,10 +43,10 @@ def plot_losses(results: Mapping[str, Any], kind: str, out: Path) -> Path:
         axis.legend(frameon=False, loc="best", ncols=2)
     axes[-1, 0].set_xlabel("timestep (0 is clean; dotted: where the pair hands over)")
     axes[-1, 0].set_xlim(0, 1000)
-    return _save(figure, out / f"evidence-loss-{kind}.svg")
+    return _save(figure, path)
 
 
-def plot_pictures(results: Mapping[str, Any], kind: str, out: Path) -> Path:
+def plot_pictures(results: Mapping[str, Any], kind: str, path: Path) -> Path:
     """Of each pair how many more prompts of each set it follows than the one model, in points."""
     names = arm_names(results, kind)
     figure, axis = plt.subplots(figsize=(7.6, 0.8 + 0.55 * len(names)))
@@ -62,7 +64,7 @@ def plot_pictures(results: Mapping[str, Any], kind: str, out: Path) -> Path:
     axis.invert_yaxis()
     axis.set_xlabel("prompts followed, points more than the one")
     axis.legend(frameon=False, loc="best")
-    return _save(figure, out / f"evidence-pictures-{kind}.svg")
+    return _save(figure, path)
 
 
 def arm_names(results: Mapping[str, Any], kind: str) -> list[str]:
@@ -96,8 +98,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     results = json.loads(options.results.read_text())
     options.out.mkdir(parents=True, exist_ok=True)
     for kind in dict.fromkeys(arm["kind"] for arm in results["arms"]):
-        print(plot_losses(results, kind, options.out))
-        print(plot_pictures(results, kind, options.out))
+        name = options.results.stem
+        print(plot_losses(results, kind, options.out / f"{name}-loss-{kind}.svg"))
+        print(plot_pictures(results, kind, options.out / f"{name}-pictures-{kind}.svg"))
     return 0
 
 

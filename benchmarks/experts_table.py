@@ -1,4 +1,5 @@
-"""OUT/results.json of experts_vs_one -> tables with intervals: what each arm gains or loses against the one model.
+"""OUT/results.json of experts_vs_one -> tables with intervals: what each arm gains or loses against the one model, or
+against another arm.
 
 Losses: of each seed the relative change on the same draws, then its mean over seeds with a 95 % t interval. Pictures:
 of each prompt the difference, meaned over seeds, then a 95 % bootstrap interval (BCa) over prompts. An interval of one
@@ -59,12 +60,14 @@ def over_prompts(values: Sequence[float]) -> Gain:
     return Gain(fmean(values), float(found.low), float(found.high))
 
 
-def loss_gains(results: Mapping[str, Any], kind: str, arm: str, inside: Callable[[int, int], bool]) -> Gain:
-    """Relative change of the loss against the one model's over the stretches [low, high) that are `inside`."""
+def loss_gains(
+    results: Mapping[str, Any], kind: str, arm: str, inside: Callable[[int, int], bool], against: str = ONE
+) -> Gain:
+    """Relative change of the loss, against that of the arm `against`, over the stretches [low, high) `inside`."""
     return over_seeds(
         [
             _loss(_losses(results, own), inside) / _loss(_losses(results, one), inside) - 1
-            for own, one in _pairs(results, kind, arm)
+            for own, one in _pairs(results, kind, arm, against)
         ]
     )
 
@@ -75,55 +78,64 @@ def bin_gains(results: Mapping[str, Any], kind: str, arm: str) -> list[tuple[int
     return [(*edges, over_seeds([own[edges] / one[edges] - 1 for own, one in pairs])) for edges in sorted(pairs[0][0])]
 
 
-def picture_gains(results: Mapping[str, Any], kind: str, arm: str, which: str, what: str) -> Gain | None:
-    """Difference of a number of each picture against the one model's, over the prompts of a set ("" for all)."""
+def picture_gains(
+    results: Mapping[str, Any], kind: str, arm: str, which: str, what: str, against: str = ONE
+) -> Gain | None:
+    """Difference of a number of each picture against that of `against`, over the prompts of a set ("" for all)."""
     by_prompt: dict[str, list[float]] = {}
-    for own, one in _pairs(results, kind, arm):
+    for own, one in _pairs(results, kind, arm, against):
         for a, b in zip(own["pictures"], one["pictures"], strict=True):
             if which in ("", a["set"]) and a[what] is not None and b[what] is not None:
                 by_prompt.setdefault(a["prompt"], []).append(float(a[what]) - float(b[what]))
     return over_prompts([fmean(values) for values in by_prompt.values()]) if by_prompt else None
 
 
-def tables(results: Mapping[str, Any]) -> str:
-    """All tables, as Markdown."""
+def tables(results: Mapping[str, Any], against: str = ONE) -> str:
+    """All tables, as Markdown, of every arm against one of them."""
     parts = []
     for kind in dict.fromkeys(arm["kind"] for arm in results["arms"]):
         names = [
-            name for name in dict.fromkeys(arm["name"] for arm in results["arms"] if arm["kind"] == kind) if name != ONE
+            name
+            for name in dict.fromkeys(arm["name"] for arm in results["arms"] if arm["kind"] == kind)
+            if name != against
         ]
         seeds = len({arm["seed"] for arm in results["arms"] if arm["kind"] == kind})
         parts += [
             f"### {kind}, {seeds} seeds",
             "",
-            *_loss_table(results, kind, names),
+            *_loss_table(results, kind, names, against),
             "",
-            *_picture_table(results, kind, names),
+            *_picture_table(results, kind, names, against),
             "",
         ]
     return "\n".join(parts)
 
 
-def _loss_table(results: Mapping[str, Any], kind: str, names: Iterable[str]) -> list[str]:
+def _loss_table(results: Mapping[str, Any], kind: str, names: Iterable[str], against: str) -> list[str]:
     cuts = sorted((tuple(map(int, key.split("-"))) for key in results["start"]["losses"]), key=lambda cut: cut[0])
-    head = ["loss against the one", *(f"[{low}, {high})" for low, high in cuts), "all"]
+    head = [f"loss against {_called(against)}", *(f"[{low}, {high})" for low, high in cuts), "all"]
     rows = [
         [
             name,
-            *(loss_gains(results, kind, name, lambda a, b, cut=cut: (a, b) == cut).text() for cut in cuts),
-            loss_gains(results, kind, name, lambda a, b: True).text(),
+            *(loss_gains(results, kind, name, lambda a, b, cut=cut: (a, b) == cut, against).text() for cut in cuts),
+            loss_gains(results, kind, name, lambda a, b: True, against).text(),
         ]
         for name in names
     ]
     return _table(head, rows)
 
 
-def _picture_table(results: Mapping[str, Any], kind: str, names: Iterable[str]) -> list[str]:
-    head = ["pictures against the one", *(f"follows, {which}" for which in SETS), "sharpness", "corner error, px"]
+def _picture_table(results: Mapping[str, Any], kind: str, names: Iterable[str], against: str) -> list[str]:
+    head = [
+        f"pictures against {_called(against)}",
+        *(f"follows, {which}" for which in SETS),
+        "sharpness",
+        "corner error, px",
+    ]
     rows = []
     for name in names:
-        follows = (picture_gains(results, kind, name, which, "follows") for which in SETS)
-        detail = (picture_gains(results, kind, name, "", what) for what in ("sharpness", "corner_error_px"))
+        follows = (picture_gains(results, kind, name, which, "follows", against) for which in SETS)
+        detail = (picture_gains(results, kind, name, "", what, against) for what in ("sharpness", "corner_error_px"))
         cells = [gain.text() if gain else "–" for gain in follows]
         rows.append([name, *cells, *(gain.text(1, "") if gain else "–" for gain in detail)])
     return _table(head, rows)
@@ -137,13 +149,17 @@ def _row(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _pairs(results: Mapping[str, Any], kind: str, name: str) -> Iterable[tuple[Any, Any]]:
-    """(an arm, the one model) of each seed."""
+def _called(against: str) -> str:
+    return f"the {against}"
+
+
+def _pairs(results: Mapping[str, Any], kind: str, name: str, against: str = ONE) -> Iterable[tuple[Any, Any]]:
+    """(an arm, the one it is compared with) of each seed."""
     arms = {(arm["name"], arm["seed"]): arm for arm in results["arms"] if arm["kind"] == kind}
     for (own, seed), arm in arms.items():
         if own == name:
             # Variations of full experts stand beside the one that is trained as they are.
-            yield arm, arms[ONE, seed]
+            yield arm, arms[against, seed]
 
 
 def _losses(results: Mapping[str, Any], arm: Mapping[str, Any]) -> Losses:
@@ -166,7 +182,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Print the tables of a results file."""
     parser = argparse.ArgumentParser(prog="benchmarks.experts_table", description="Tables of experts_vs_one.")
     parser.add_argument("results", type=Path, metavar="FILE", help="OUT/results.json")
-    print(tables(json.loads(parser.parse_args(arguments).results.read_text())))
+    parser.add_argument("--against", default=ONE, metavar="ARM", help="what every arm is compared with (default: one)")
+    options = parser.parse_args(arguments)
+    print(tables(json.loads(options.results.read_text()), options.against))
     return 0
 
 

@@ -18,7 +18,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.experts_arms import KINDS, PREDICTIONS, Arm, Run, arms, variations
+from benchmarks.experts_arms import KINDS, PREDICTIONS, RATES, Arm, Run, arms, variations
 from benchmarks.experts_judge import losses_of, steps_of, stretches, verdicts_of
 from demo.commands import run, start
 from demo.prompts import PICTURE_HW, SIZES_HW
@@ -77,6 +77,9 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--draws", type=int, default=256, help="draws of the eval loss for each 100 timesteps")
     parser.add_argument("--at-once", type=int, default=os.cpu_count() or 1, help="trainers that share the cores")
     parser.add_argument("--threads", type=int, default=0, help="of each trainer; 0 is its share of the cores")
+    parser.add_argument(
+        "--rate", type=float, default=0.0, help="learning rate at first, falling as a cosine; 0: as kinds do"
+    )
     parser.add_argument("--model", type=Path, default=MODEL, help="what every arm begins with (default: %(default)s)")
     parser.add_argument("--prediction", choices=PREDICTIONS, default="v", help="what experts predict")
     parser.add_argument("--precision", default="fp32", help="of training: fp32 or bf16-mixed")
@@ -120,6 +123,7 @@ def _train(out: Path, runs: Sequence[Run], options: argparse.Namespace) -> None:
             f"precision={options.precision}",
             *QUIET,
             *KINDS[one.kind],
+            f"optimizer.learning_rate={options.rate or RATES[one.kind]}",
             *PREDICTIONS[options.prediction],
             *one.sets,
         )

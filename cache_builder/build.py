@@ -7,7 +7,7 @@ build of the same pictures finds every key there, loads no weights and seals the
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -86,7 +86,8 @@ def build(
             dtype = encode_dtype(config, vae, options.device)
         else:
             dtype = choose_encode_dtype(config.encode.dtype, vae, cluster.device)
-        scanner = Scanner(config, vae.digest, dtype, text.digests, report, memory=options.store, rehash=options.rehash)
+        scanner = Scanner(config, vae.digest, dtype, text.digests, report, rehash=options.rehash)
+        scanner = replace(scanner, memory=options.store, scratch=options.store)
         samples = scanner.scan(sources, store)
         meta = meta_types(samples)
         shards = _shards(options)
@@ -98,16 +99,20 @@ def build(
             usable = filler.encode_pictures(samples, vae)
         report.quarantined.sort()
         check_quarantine(config, report, len(usable))
-        split = held_out(config.split, (sample.path for sample in usable), usable.facts["thumbnail"])
+        split = held_out(config.split, (sample.path for sample in usable), usable.facts["thumbnail"], options.store)
         report.held_out = int(split.sum())
         settings = _settings(config, vae, text, dtype, datasets, index, meta, options.prompts)
         rows = SampleRows(usable, split, meta)
-        where = {"in_order": True, "replace": options.replace, "allow_shrink": options.allow_shrink}
-        if shards:
-            seal = partial(seal_manifest, name=options.manifest, settings=settings, rows=rows, **where)
-            report.digest = shards.finish(options.store, options.manifest, seal)
-        else:
-            report.digest = seal_manifest(options.store, options.manifest, settings, rows, **where).digest
+        seal = partial(
+            seal_manifest,
+            name=options.manifest,
+            settings=settings,
+            rows=rows,
+            in_order=True,
+            replace=options.replace,
+            allow_shrink=options.allow_shrink,
+        )
+        report.digest = shards.finish(options.store, options.manifest, seal) if shards else seal(options.store).digest
     report.check()
     report.seconds = time.monotonic() - started_s
     return report

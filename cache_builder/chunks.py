@@ -18,8 +18,8 @@ from typing import Any
 from cache_builder.decoding import Decodable, read_sample
 from cache_builder.encoder_process import read_message, write_message
 from cache_builder.places import open_place
+from cache_builder.sample import Sample
 from cache_builder.sample_rows import PlannedCrop, plan_numbers, unpacked
-from cache_builder.samples import Sample
 from cache_builder.sources.trees import BucketTree, FolderTree, Tree, is_bucket
 from cache_builder.todo import Picture
 from shared.errors import DataError
@@ -64,7 +64,15 @@ def pictures_message(pictures: Sequence[Picture], files: Sequence[bytes] | None,
 def _row(picture: Picture, place: Place | None) -> list[Any]:
     sample = picture.samples[0]
     crops = [[crop.latent_key, plan_numbers(crop.plan)] for crop in picture.crops]
-    return [place, sample.digest, sample.facts_key, sample.original_hw, astuple(sample.rules), astuple(sample.limits), crops]
+    return [
+        place,
+        sample.digest,
+        sample.facts_key,
+        sample.original_hw,
+        astuple(sample.rules),
+        astuple(sample.limits),
+        crops,
+    ]
 
 
 def read_here(

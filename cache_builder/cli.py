@@ -46,7 +46,9 @@ RayAddress = Annotated[
 ]
 
 Output = Annotated[str, typer.Option(help="What --runner ray writes: the store, or shards (Parquet, at --to).")]
-To = Annotated[str | None, typer.Option("--to", help="With --output shards: a folder or s3://..., for cache-store import.")]
+To = Annotated[
+    str | None, typer.Option("--to", help="With --output shards: a folder or s3://..., for cache-store import.")
+]
 
 
 def _cache_build(

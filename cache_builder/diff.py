@@ -15,7 +15,8 @@ from cache_builder.config import BuildConfig
 from cache_builder.datasets import open_sources
 from cache_builder.key_arrays import first_of_each, stored
 from cache_builder.report import BuildReport
-from cache_builder.samples import Sample, Samples
+from cache_builder.sample import Sample
+from cache_builder.samples import Samples
 from cache_builder.scan import Scanner
 from shared.errors import ConfigError, ManifestMismatch
 from shared.manifest import Manifest, open_manifest
@@ -65,7 +66,7 @@ def diff_folder(store: Path, folder: Path, name: str, dataset: str | None) -> Di
         encode = config.encode
         vae, dtype = manifest.settings.vae_digest, encode.dtype
         texts = manifest.settings.text_digests
-        scanner = Scanner(config, vae, dtype, texts, report, memory=store, remember=False)  # type: ignore[arg-type]
+        scanner = Scanner(config, vae, dtype, texts, report, memory=store, scratch=store, remember=False)  # type: ignore[arg-type]
         samples = scanner.scan(sources, reader)
         found = Difference(str(store), name, manifest.digest, dataset, duplicate=report.duplicate)
         found.skipped = dict(report.skipped)

@@ -30,7 +30,7 @@ from cache_builder.runners import device_names
 from cache_builder.samples import Samples
 from cache_builder.scan import Scanner
 from cache_builder.sources import Source
-from cache_builder.todo import Todo, account_for, add_prompts, find_todo, require_space
+from cache_builder.todo import Todo, account_for, add_prompts, find_todo, require_space, sealing_bytes
 from cache_builder.truncated import UNKNOWN, Told, count_texts, tell_truncated
 from shared.errors import ConfigError, ExpertsError, StoreIO, StoreLocked
 from shared.file_system import refuse_network
@@ -96,6 +96,7 @@ def dry_run(
         with refusals.noted():
             scanner = Scanner(config, vae.digest, dtype, text.digests, report.account)
             scanner = replace(scanner, memory=options.store, rehash=options.rehash, remember=False)
+            scanner = replace(scanner, scratch=_standing(options.store))
             scanned.append(scanner.scan(sources, store))
             meta_types(scanned[0])
         report.scan_s = time.monotonic() - begun_s
@@ -110,8 +111,9 @@ def dry_run(
     lost = _look_closer(report, samples, todo, config, encoder, len(devices), how)
     left = todo.without(lost)
     report.bytes_to_write = left.bytes_to_write(config, text, vae)
+    report.bytes_passing = samples.nbytes + sealing_bytes(samples)
     with refusals.noted():
-        require_space(options.store, report.bytes_to_write, report.bytes_free)
+        require_space(options.store, report.bytes_to_write, report.bytes_free, report.bytes_passing)
     usable = _account(report, samples, todo, lost)
     with refusals.noted():
         check_quarantine(config, report.account, usable)

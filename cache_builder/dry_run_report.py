@@ -35,6 +35,8 @@ class DryRunReport:
     account: BuildReport
     bytes_free: int
     bytes_to_write: int = 0
+    bytes_passing: int = 0
+    """What the build keeps beside the store while it runs, in unnamed files."""
     buckets: dict[tuple[int, int], BucketCount] = field(default_factory=dict)
     to_decode: int = 0
     decoded: int = 0
@@ -74,6 +76,7 @@ class DryRunReport:
             **account,
             "buckets": [{"height": h, "width": w, **asdict(count)} for (h, w), count in self.buckets.items()],
             "bytes_to_write": self.bytes_to_write,
+            "bytes_passing": self.bytes_passing,
             "bytes_free": self.bytes_free,
             "to_decode": self.to_decode,
             "decoded": self.decoded,
@@ -98,7 +101,8 @@ class DryRunReport:
             lines.append(f"prompts {account.prompts}, {account.truncated_prompts} cut short")
         lines += account.remarks()
         lines += self._bucket_lines()
-        lines.append(f"to write {size_text(self.bytes_to_write)}, free {size_text(self.bytes_free)}")
+        sizes = map(size_text, (self.bytes_to_write, self.bytes_passing, self.bytes_free))
+        lines.append("to write {}, and {} that go again; free {}".format(*sizes))
         lines += self._work_lines()
         return "\n".join(lines)
 

@@ -32,6 +32,7 @@ from shared.errors import ExpertsError, Stopped
 
 T = TypeVar("T")
 ROOT = Path(__file__).parents[1]
+COMMAND = (sys.executable, "-m", "cache_builder.encoder_process")
 IN_FLIGHT = 2  # one that is encoded and one that is ready
 END_S = 10.0  # for an idle child to end by itself
 _LENGTH = struct.Struct("<I")
@@ -101,10 +102,13 @@ class EncoderProcess:
 
     def _started(self) -> "subprocess.Popen[bytes]":
         if self._child is None and not self._killed:
-            command = [sys.executable, "-m", "cache_builder.encoder_process", *self._told]
             # A group of its own: Ctrl-C is the parent's to answer. No environment of LMDB is ever forked.
             self._child = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=self._environment(), process_group=0
+                [*COMMAND, *self._told],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                env=self._environment(),
+                process_group=0,
             )
         if self._child is None:
             raise Stopped("the build ends")

@@ -14,7 +14,8 @@ from cache_builder.key_arrays import Indices, Keys, each, parts
 from cache_builder.preview_fit import PreviewKeeper
 from cache_builder.report import BuildReport
 from cache_builder.runners import PictureRunner, Runner
-from cache_builder.samples import Sample, Samples
+from cache_builder.sample import Sample
+from cache_builder.samples import Samples
 from cache_builder.split import Thumbnail
 from cache_builder.todo import (
     Pictures,
@@ -24,6 +25,7 @@ from cache_builder.todo import (
     missing_texts,
     picture_bytes,
     require_space,
+    sealing_bytes,
     text_bytes,
 )
 from cache_builder.truncated import count_texts, tell_truncated
@@ -51,7 +53,7 @@ class Filler:
         add_prompts(samples, prompts)
         missing = missing_texts(self.store, samples, self.elsewhere)
         self.report.encoded_captions = len(missing)
-        self._require_space(text_bytes(len(missing), self.config, text))
+        self._require_space(samples, text_bytes(len(missing), self.config, text))
         batches = parts(missing, self.config.encode.text_batch)
         jobs = ((len(batch), _captions(samples, batch)) for batch in batches)
         with progress("captions", len(missing), "captions") as advance, closing(self.runner.run(jobs)) as done:
@@ -64,7 +66,7 @@ class Filler:
     def encode_pictures(self, samples: Samples, vae: VaeFacts) -> Samples:
         """Store the latents of every crop that has none yet; returns the samples whose crops are all stored now."""
         pictures = missing_pictures(self.store, samples, self.elsewhere)
-        self._require_space(picture_bytes(pictures, self.config, vae))
+        self._require_space(samples, picture_bytes(pictures, self.config, vae))
         lost = self._encode_missing(pictures)
         self.preview.keep()
         usable = account_for(self.report, samples, pictures.crops, lost)
@@ -124,9 +126,9 @@ class Filler:
         if pixels is not None:
             self.preview.add(pixels, *framed)
 
-    def _require_space(self, needed_bytes: int) -> None:
+    def _require_space(self, samples: Samples, needed_bytes: int) -> None:
         if self.elsewhere is None:
-            require_space(self.store.path, needed_bytes, free_bytes(self.store.path))
+            require_space(self.store.path, needed_bytes, free_bytes(self.store.path), sealing_bytes(samples))
 
 
 def _captions(samples: Samples, texts: Indices) -> Captions:

@@ -50,13 +50,18 @@ def parts(array: np.ndarray[Any, Kind], size: int = KEYS_AT_ONCE) -> Iterator[np
 def first_of_each(keys: Keys) -> Indices:
     """Where each of `keys` stands first, ascending."""
     order = np.argsort(np.ascontiguousarray(keys), kind="stable")
-    is_first = np.ones(len(keys), bool)
-    for start in range(1, len(keys), KEYS_AT_ONCE):
-        stretch = keys[order[start - 1 : start + KEYS_AT_ONCE]]
-        is_first[start : start + KEYS_AT_ONCE] = stretch[1:] != stretch[:-1]
-    first: Indices = order[is_first]
+    first: Indices = order[begins_another(keys, order)]
     first.sort()
     return first
+
+
+def begins_another(keys: Keys, order: np.ndarray[Any, np.dtype[Any]]) -> Flags:
+    """For each place in `order`, whether the key there is another than the one before it; the keys are never copied."""
+    is_another = np.ones(len(order), bool)
+    for start in range(1, len(order), KEYS_AT_ONCE):
+        stretch = keys[order[start - 1 : start + KEYS_AT_ONCE]]
+        is_another[start : start + KEYS_AT_ONCE] = stretch[1:] != stretch[:-1]
+    return is_another
 
 
 def stored(store: Store, keys: Keys) -> Flags:

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from cache_builder.samples import Sample, Samples
+from cache_builder.sample import Sample
+from cache_builder.samples import Samples
 from cache_builder.sources import MetaValue
 from shared.errors import DataError
 from shared.manifest_rows import MetaType

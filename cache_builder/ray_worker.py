@@ -7,7 +7,7 @@ ray_runner.py -> message -> Worker: read | decode, in threads | encode -> answer
     answer    {"made": [[picture, key, thumbnail, is_finite], ...], "lost": [[picture, why], ...],
                "unread": [picture, ...]}
               {"keys": [...]}                                                    with the framed records as blobs
-              with "to", an address, embeds and latents go into a shard there, and {"shard": its row} comes in their place
+              with "to", an address, records go into a shard there, and {"shard": its row} comes in their place
               {"error": class, "message": str}                                   of shared.errors
 """
 

@@ -13,7 +13,6 @@ them takes a column, which is an array.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, overload
 
@@ -21,8 +20,9 @@ import msgpack
 import numpy as np
 
 from cache_builder.buckets import CropPlan
-from cache_builder.key_arrays import Indices
+from cache_builder.key_arrays import Indices, Kind
 from cache_builder.keys import KeyOf
+from cache_builder.sample import Sample
 from cache_builder.sample_rows import (
     CROP,
     CROP_DTYPE,
@@ -39,90 +39,11 @@ from cache_builder.sample_rows import (
 )
 from cache_builder.sources import Found, MetaValue
 from cache_builder.split import Thumbnail
-from shared.pictures import PixelLimits, PixelRules
 from shared.record import KEY_BYTES
-from shared.scratch import Column
+from shared.scratch import Column, outside
 
 ROWS_AT_ONCE = 4096
 MOST_PLANS = 4096  # that are kept as they are; random crops have plans of their own
-
-
-class Sample:
-    """A picture of one data set with all that its row in the manifest needs; each is looked up when it is asked for."""
-
-    __slots__ = ("_row", "_samples", "index")
-
-    def __init__(self, samples: "Samples", index: int) -> None:
-        self.index, self._samples, self._row = index, samples, samples.row(index)
-
-    @property
-    def dataset(self) -> str:
-        """Id of its data set."""
-        return self._dataset.id
-
-    @property
-    def path(self) -> str:
-        """Where it is, as its source says."""
-        return str(self._samples.said(self._row)[0])
-
-    @property
-    def read(self) -> "partial[bytes]":
-        """Gives the bytes of the picture, or raises DataError."""
-        return partial(self._samples.reader(self._row), *self._samples.said(self._row)[1])
-
-    @property
-    def meta(self) -> Mapping[str, MetaValue]:
-        """What travels along, by column."""
-        return self._samples.said(self._row)[2] if self._row.has_meta else {}
-
-    @property
-    def digest(self) -> bytes:
-        """Of the bytes of the picture."""
-        return self._row.digest
-
-    @property
-    def facts_key(self) -> bytes:
-        """Key of what decoding finds out of it."""
-        return self._row.facts_key
-
-    @property
-    def original_hw(self) -> tuple[int, int]:
-        """Size of the upright picture."""
-        return self._row.height, self._row.width
-
-    @property
-    def captions(self) -> tuple[str, ...]:
-        """Its texts."""
-        return tuple(map(self._samples.text, self._row.its_texts()))
-
-    @property
-    def text_keys(self) -> tuple[bytes, ...]:
-        """Their keys."""
-        return tuple(map(self._samples.text_key, self._row.its_texts()))
-
-    @property
-    def crops(self) -> tuple[PlannedCrop, ...]:
-        """Its crops, the first one first."""
-        return tuple(map(self._samples.crop, range(self._row.crops, self._row.crops + self._row.crop_count)))
-
-    @property
-    def rules(self) -> PixelRules:
-        """How it is decoded."""
-        return self._dataset.rules
-
-    @property
-    def limits(self) -> PixelLimits:
-        """What is decoded at all."""
-        return self._dataset.limits
-
-    @property
-    def thumbnail(self) -> Thumbnail | None:
-        """None until the picture has been decoded, in this build or an earlier one."""
-        return self._samples.thumbnail(self.index)
-
-    @property
-    def _dataset(self) -> DataSet:
-        return self._samples.datasets[self._row.source]
 
 
 class Samples(Sequence[Sample]):
@@ -130,7 +51,7 @@ class Samples(Sequence[Sample]):
 
     def __init__(self, key_of_text: KeyOf, folder: Path | None = None) -> None:
         """Their columns lie in `folder`; `key_of_text` makes the key of a caption's UTF-8."""
-        self._key_of_text, self._folder = key_of_text, folder
+        self._key_of_text, self.folder = key_of_text, folder
         self._rows, self._facts = Column(ROW_DTYPE, folder), Column(FACTS_DTYPE, folder)
         self._crops, self._texts = Column(CROP_DTYPE, folder), Column(TEXT_DTYPE, folder)
         self._words = Column("u1", folder)
@@ -185,7 +106,7 @@ class Samples(Sequence[Sample]):
 
     def only(self, kept: Indices) -> "Samples":
         """Those at `kept`, ascending, with nothing between their crops and texts."""
-        left = Samples(self._key_of_text, self._folder)
+        left = Samples(self._key_of_text, self.folder)
         left._words, left.datasets = self._words, self.datasets
         left._readers, left._reader_of = self._readers, self._reader_of
         for start in range(0, len(kept), ROWS_AT_ONCE):
@@ -224,9 +145,19 @@ class Samples(Sequence[Sample]):
         """is_known and thumbnail, uint8 [8, 9, 3], of each sample's picture."""
         return self._facts.array
 
+    @property
+    def nbytes(self) -> int:
+        """What the columns take of the disk that `folder` is on."""
+        return sum(column.nbytes for column in (self._rows, self._facts, self._crops, self._texts, self._words))
+
     def of_crop(self, crops: Indices) -> Indices:
         """Which samples these `crops` are of."""
-        return np.searchsorted(self.rows["crops"], crops, side="right") - 1
+        starts = self.rows["crops"].astype(np.asarray(crops).dtype)  # of another kind numpy would copy both, as floats
+        return np.searchsorted(starts, crops, side="right") - 1
+
+    def outside(self, array: np.ndarray[Any, Kind]) -> np.ndarray[Any, Kind]:
+        """The same where the samples are, out of memory."""
+        return outside(array, self.folder)
 
     def text(self, index: int) -> str:
         """One of the texts."""

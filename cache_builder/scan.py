@@ -49,6 +49,8 @@ class Scanner:
     """Whether every file is read all the same, and remembered."""
     remember: bool = True
     """Whether the scan caches are written; who only looks at a store leaves them as they are."""
+    scratch: Path | None = None
+    """Where the samples' unnamed files lie: on the disk of the store, which has room for them if it has for a build."""
 
     def __post_init__(self) -> None:
         images = self.config.images
@@ -62,7 +64,7 @@ class Scanner:
     def scan(self, sources: Sequence[Source], store: Store) -> Samples:
         """All samples of `sources`, in order; raises DataError where there is nothing to train on."""
         text_key = text_keys_for(self.config.text.chunks, self.text_digests)
-        samples = Samples(text_key, self.memory if self.remember else None)
+        samples = Samples(text_key, self.scratch)
         kept: list[Indices] = []
         nothing: list[str] = []
         for source in sources:

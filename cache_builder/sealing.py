@@ -12,7 +12,8 @@ import numpy as np
 from cache_builder.key_arrays import KEY_DTYPE, Flags, Indices, Keys
 from cache_builder.keys import sample_ids_in
 from cache_builder.meta import meta_row
-from cache_builder.samples import Sample, Samples
+from cache_builder.sample import Sample
+from cache_builder.samples import Samples
 from shared.manifest_rows import ManifestRow, MetaType, Variant
 from shared.record import KEY_BYTES
 from shared.scratch import Column
@@ -37,7 +38,7 @@ class SampleRows:
     def _ids(self) -> Keys:
         """The id of each sample, outside of memory."""
         ids_in = [sample_ids_in(dataset.id) for dataset in self.samples.datasets]
-        ids = Column(KEY_DTYPE)
+        ids = Column(KEY_DTYPE, self.samples.folder)
         for row in self.samples.rows:
             ids.append(ids_in[row["source"]](row["digest"].tobytes()))
         return ids.array

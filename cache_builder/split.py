@@ -6,7 +6,7 @@ lies within NEAR_BITS of a held-out hash and looks the same is held out too.
 
 import hashlib
 from collections.abc import Callable, Iterable
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -35,14 +35,17 @@ Thumbnails = np.ndarray[Any, np.dtype[np.uint8]]
 Flags = np.ndarray[Any, np.dtype[np.bool_]]
 
 
-def held_out(rules: SplitRules, paths: Iterable[str], thumbs: Thumbnails) -> Flags:
-    """For each sample, by its path and thumbnail [N, 8, 9, 3], whether it is held out of training."""
+def held_out(rules: SplitRules, paths: Iterable[str], thumbs: Thumbnails, folder: Path | None = None) -> Flags:
+    """For each sample, by its path and thumbnail [N, 8, 9, 3], whether it is held out of training.
+
+    What is worked out of all thumbnails lies in unnamed files in `folder`.
+    """
     if rules.group == "folder":
         return np.array([_chosen(rules, str(PurePosixPath(path).parent).encode()) for path in paths], bool)
-    hashes = _by_parts(len(thumbs), np.uint64, lambda part: difference_hashes(thumbs[part]))
+    hashes = _by_parts(len(thumbs), np.uint64, folder, lambda part: difference_hashes(thumbs[part]))
     chosen = np.fromiter((_chosen(rules, int(value).to_bytes(8, "big")) for value in hashes), bool, len(hashes))
     if chosen.any():
-        _follow_near_copies(chosen, hashes, thumbs)
+        _follow_near_copies(chosen, hashes, thumbs, folder)
     return chosen
 
 
@@ -56,19 +59,20 @@ def _follow_near_copies(
     chosen: Flags,  # [N], changed in place
     hashes: np.ndarray[Any, np.dtype[np.uint64]],  # [N]
     thumbs: Thumbnails,  # [N, 8, 9, 3]
+    folder: Path | None,
 ) -> None:
     """Hold out what is a near copy of something held out, and its near copies in turn.
 
     Copies are alike in brightness too, so only a window of all pictures in order of brightness is looked at.
     """
     count = len(thumbs)
-    brightness = _by_parts(count, np.float32, lambda part: _mean(thumbs[part]).mean(axis=1))
+    brightness = _by_parts(count, np.float32, folder, lambda part: _mean(thumbs[part]).mean(axis=1))
     order = np.argsort(brightness, kind="stable").astype(np.uint32)
     place = np.empty_like(order)
     place[order] = np.arange(count, dtype=np.uint32)
     brightness, hashes = brightness[order], hashes[order]
-    mean = _by_parts(count, np.dtype((np.float32, 3)), lambda part: _mean(thumbs[order[part]]))
-    alike = _by_parts(count, np.float32, lambda part: _alike(thumbs[part]))
+    mean = _by_parts(count, np.dtype((np.float32, 3)), folder, lambda part: _mean(thumbs[order[part]]))
+    alike = _by_parts(count, np.float32, folder, lambda part: _alike(thumbs[part]))
     frontier = list(np.flatnonzero(chosen))
     while frontier:
         index = frontier.pop()
@@ -98,9 +102,11 @@ def _mean(thumbs: Thumbnails) -> np.ndarray[Any, np.dtype[np.float32]]:
     return (thumbs.reshape(len(thumbs), -1).astype(np.float32) @ summing) / np.float32(pixels)
 
 
-def _by_parts(count: int, dtype: Any, work: Callable[[slice], np.ndarray[Any, Any]]) -> np.ndarray[Any, Any]:
+def _by_parts(
+    count: int, dtype: Any, folder: Path | None, work: Callable[[slice], np.ndarray[Any, Any]]
+) -> np.ndarray[Any, Any]:
     """[count, ...] of work(part), outside of memory: some at once, for what it works out is much larger."""
-    found = Column(dtype)
+    found = Column(dtype, folder)
     for first in range(0, count, AT_ONCE):
         found.append(work(slice(first, min(first + AT_ONCE, count))).astype(found.dtype.base).tobytes())
     return found.array

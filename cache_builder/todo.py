@@ -12,11 +12,12 @@ from typing import Any, TypeVar, overload
 import numpy as np
 
 from cache_builder.config import BuildConfig
-from cache_builder.key_arrays import Indices, Keys, as_keys, each, first_of_each, is_in, stored
+from cache_builder.key_arrays import Indices, Keys, as_keys, begins_another, each, first_of_each, is_in, stored
 from cache_builder.keys import text_facts_key
 from cache_builder.report import BuildReport
+from cache_builder.sample import Sample
 from cache_builder.sample_rows import PlannedCrop
-from cache_builder.samples import Sample, Samples
+from cache_builder.samples import Samples
 from shared.conditioning import TEXT_LENGTH
 from shared.errors import RecordCorrupt, StoreFull
 from shared.store import Snapshot, Store
@@ -26,6 +27,7 @@ from shared.vae import VaeFacts
 FP16_BYTES = 2
 FRAME_BYTES = 256  # of a record's frame and header, about
 FACTS_BYTES = 512  # of the two small records beside a picture and a caption, about
+SMALL = np.uint32  # counts of samples and of crops, where as many of them are in memory at once
 PAGE_BYTES = 4096  # what a record of LMDB ends on
 
 T = TypeVar("T")
@@ -44,24 +46,28 @@ class Pictures(Sequence[Picture]):
 
     def __init__(self, samples: Samples, crops: Indices) -> None:
         """Of `samples`, which lack `crops`, ascending."""
-        self.samples, self._lacking = samples, crops
-        of_crops = samples.of_crop(crops)
-        is_first = np.diff(of_crops, prepend=-1) > 0  # of its sample
-        lack, first_crops = of_crops[is_first], crops[is_first]
-        keys = samples.rows["facts_key"][lack]
-        by_picture = np.argsort(keys, kind="stable")
-        keys = keys[by_picture]
-        begins = np.flatnonzero(np.append(True, keys[1:] != keys[:-1])[: len(keys)])
+        self.samples, self._lacking = samples, samples.outside(crops)
+        del crops
+        of_crops = samples.of_crop(self._lacking).astype(SMALL)
+        is_first = np.diff(of_crops, prepend=SMALL(len(samples))) != 0  # of its sample
+        lack, first_crops = of_crops[is_first], self._lacking[is_first].astype(SMALL)
+        del of_crops, is_first
+        by_picture = np.argsort(samples.rows["facts_key"][lack], kind="stable").astype(SMALL)
+        self._members = samples.outside(lack[by_picture])
+        begins = np.flatnonzero(begins_another(samples.rows["facts_key"], self._members)).astype(SMALL)
         first = by_picture[begins]  # samples are in order, and so are those of a picture
+        del by_picture, lack
         height, width = samples.crops["target_hw"][first_crops[first]].T
-        order = np.lexsort((first, width, height))
-        self._members = lack[by_picture]
-        self._begins, self._ends = begins[order], np.append(begins[1:], len(lack))[order]
+        order = np.lexsort((first, width, height)).astype(SMALL)
+        del height, width, first, first_crops
+        self._begins = samples.outside(begins[order])
+        self._ends = samples.outside(np.append(begins[1:], SMALL(len(self._members)))[order])
 
     @functools.cached_property
     def crops(self) -> Indices:
         """Which crops are lacking, ascending, each key once."""
-        return self._lacking[first_of_each(self.samples.crops["key"][self._lacking])]
+        first = first_of_each(self.samples.crops["key"][self._lacking])
+        return self.samples.outside(self._lacking[first].astype(SMALL))
 
     @property
     def most_crops(self) -> int:
@@ -162,8 +168,20 @@ def picture_bytes(pictures: Pictures, config: BuildConfig, vae: VaeFacts) -> int
     return int((latents * counts).sum()) + len(pictures) * FACTS_BYTES
 
 
-def require_space(store: Path, needed_bytes: int, free_bytes: int) -> None:
-    """Raise StoreFull where a build would write more than is free."""
+def sealing_bytes(samples: Samples) -> int:
+    """What sealing writes beside records, about: the manifest in unnamed files twice, and under its name.
+
+    Its rows are somewhat smaller than the samples are without their thumbnails.
+    """
+    return 3 * (samples.nbytes - samples.facts.nbytes)
+
+
+def require_space(store: Path, needed_bytes: int, free_bytes: int, passing_bytes: int) -> None:
+    """Raise StoreFull where a build would write more than is free, with what goes again at its end.
+
+    Where there is nothing to encode there may be nothing to seal either, which asks for no room.
+    """
+    needed_bytes += passing_bytes if needed_bytes else 0
     if needed_bytes > free_bytes:
         raise StoreFull(
             f"{store}: this build will write {needed_bytes >> 20} MiB and {free_bytes >> 20} are free; "
@@ -182,9 +200,9 @@ def account_for(report: BuildReport, samples: Samples, crops: Indices, lost: Map
     for sample in map(samples.__getitem__, np.flatnonzero(~is_usable).tolist()):
         reason = next(lost[crop.latent_key] for crop in sample.crops if crop.latent_key in lost)
         report.quarantined.append((sample.path, reason))
-    made = crops[is_usable[samples.of_crop(crops)]]
-    made = made[first_of_each(samples.crops["key"][made])]  # others share them: the same picture in another data set
-    usable, count = np.flatnonzero(is_usable), len(np.unique(samples.of_crop(made)))
+    is_new = np.zeros(len(samples), bool)  # not of others that share its crops: the same picture in another data set
+    is_new[samples.of_crop(crops)] = True
+    usable, count = np.flatnonzero(is_usable), int((is_new & is_usable).sum())
     report.stored += count
     report.reused += len(usable) - count
     report.crops += int(samples.rows["crop_count"][usable].sum())

@@ -25,6 +25,15 @@ def open_scratch(folder: Path | None) -> int:
         return os.dup(file.fileno())
 
 
+def outside(array: Array, folder: Path | None = None) -> Array:
+    """The same rows, read-only, where they take no memory."""
+    column = Column(array.dtype, folder)
+    at_once = max(1, WRITTEN_AT_ONCE // array.dtype.itemsize)
+    for start in range(0, len(array), at_once):
+        column.append(array[start : start + at_once].tobytes())
+    return column.array
+
+
 class Column:
     """Rows of one dtype; appended from one thread, read and replaced from any; raises OSError on a full disk."""
 
@@ -37,6 +46,11 @@ class Column:
         self._array: Array = np.empty(0, self.dtype)
         self._view = memoryview(b"")
         weakref.finalize(self, os.close, self._file)
+
+    @property
+    def nbytes(self) -> int:
+        """Of all rows so far."""
+        return self._end
 
     def __len__(self) -> int:
         return int(self._end // self.dtype.itemsize)

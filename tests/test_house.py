@@ -4,7 +4,7 @@ import ast
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -49,8 +49,24 @@ def dotted(node: ast.expr) -> str:
     return node.id if isinstance(node, ast.Name) else ""
 
 
-every_file = pytest.mark.parametrize("path", FILES, ids=name)
-product_file = pytest.mark.parametrize("path", PRODUCT_FILES, ids=name)
+def over(files: list[Path]) -> Callable[[Callable[[Path], None]], Callable[[], None]]:
+    """A rule that each of `files` keeps: one test, for one of each file and rule would be thousands."""
+
+    def test_of(rule: Callable[[Path], None]) -> Callable[[], None]:
+        def test() -> None:
+            for path in files:
+                try:
+                    rule(path)
+                except AssertionError as error:
+                    raise AssertionError(f"{name(path)}: {error}") from None
+
+        test.__name__, test.__doc__ = rule.__name__, rule.__doc__
+        return test
+
+    return test_of
+
+
+every_file, product_file = over(FILES), over(PRODUCT_FILES)
 
 
 def test_there_is_a_house() -> None:

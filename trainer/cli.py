@@ -1,6 +1,7 @@
 """Doors of this tower: parse, load, call one function, one line on an error. Nothing heavy is imported for --help."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import typer
@@ -96,18 +97,15 @@ def _generate_images(
     """Draw with a pair of experts: each step is made by the expert whose range its timestep lies in."""
     from shared.model_folder import resolve_model
     from trainer.drawing import GenerateRequest
-    from trainer.drawn import needed_components
+    from trainer.drawn import needed_components, resolve_base
     from trainer.ensemble import DrawSettings
-    from trainer.generate import generate, read_prompts
+    from trainer.generate import generate
 
-    asked: list[str | tuple[str, ...]] = [] if expert_prompt is None else [tuple(expert_prompt)]
-    if prompts is not None or prompt or not (asked or from_images):
-        asked += read_prompts(prompt or [], prompts)
     weights = _once_or_each(guidance or [9.2])
     request = GenerateRequest(
         experts=expert,
         model=resolve_model(model, needed_components(expert), model_config),
-        prompts=asked,
+        prompts=_asked_for(prompt or [], prompts, expert_prompt, needs_some=from_images is None),
         out=out,
         settings=DrawSettings(steps, weights, guidance_rescale, scheduler),
         negative_prompt=_once_or_each(negative_prompt or [None]),
@@ -116,7 +114,7 @@ def _generate_images(
         height=height,
         width=width,
         device=device,
-        base=base,
+        base=resolve_base(base),
         batch=batch,
         precision=precision,
         offload=offload,
@@ -128,6 +126,18 @@ def _generate_images(
     )
     for path in generate(request):
         typer.echo(str(path))
+
+
+def _asked_for(
+    prompt: list[str], file: Path | None, expert_prompt: list[str] | None, *, needs_some: bool
+) -> list[str | tuple[str, ...]]:
+    """The prompts to draw: one for all experts, or a tuple of one for each."""
+    from trainer.generate import read_prompts
+
+    asked: list[str | tuple[str, ...]] = [] if expert_prompt is None else [tuple(expert_prompt)]
+    if file is not None or prompt or (needs_some and not asked):
+        asked += read_prompts(prompt, file)
+    return asked
 
 
 def _once_or_each(given: Sequence[Value]) -> Value | tuple[Value, ...]:
@@ -155,9 +165,9 @@ def _bundle_experts(
     """Hand a pair over as what other programs load: diffusers folders, ComfyUI's checkpoints, or LoRA files."""
     from shared.model_folder import resolve_model
     from trainer.bundle import BundleRequest, bundle
-    from trainer.drawn import needed_components
+    from trainer.drawn import needed_components, resolve_base
 
-    folder = resolve_model(model, needed_components(expert), model_config)
+    folder, base = resolve_model(model, needed_components(expert), model_config), resolve_base(base)
     request = BundleRequest(
         expert, folder, out, form, raw, merge, merge_adapters, dtype, base, prove, device, store, manifest, draws
     )
@@ -191,6 +201,7 @@ def _evaluate_experts(
 ) -> None:
     """Judge experts beside their start model: losses by timestep, pictures, every way to pair them, in one report."""
     from shared.model_folder import COMPONENTS, resolve_clip, resolve_model
+    from trainer.drawn import resolve_base
     from trainer.ensemble import DrawSettings
     from trainer.evaluate import EvaluateRequest, evaluate
     from trainer.gallery import PictureWish
@@ -214,7 +225,7 @@ def _evaluate_experts(
         device=device,
         draws=draws,
         batch=batch,
-        base=base,
+        base=resolve_base(base),
         pictures=wish,
     )
     if watch:

@@ -11,7 +11,7 @@ import torch
 
 from shared.contract import StartFacts
 from shared.errors import ConfigError, ContractError
-from shared.model_folder import COMPONENTS
+from shared.model_folder import COMPONENTS, resolve_model
 from trainer.adapter import adapter_weights, load_adapter
 from trainer.checkpoint import Checkpoint, open_checkpoint, open_expert
 from trainer.ensemble import Expert
@@ -26,6 +26,11 @@ def needed_components(experts: Sequence[Path]) -> tuple[str, ...]:
     is_adapter = any(_says_adapter(path / "expert.json") for path in experts)
     unneeded = {"scheduler"} | (set() if is_adapter else {"unet"})
     return tuple(part for part in COMPONENTS if part not in unneeded)
+
+
+def resolve_base(base: Path | None) -> Path | None:
+    """What `--base` names; one .safetensors file is taken as `--model` takes it."""
+    return resolve_model(str(base), ("unet",)) if base is not None and base.is_file() else base
 
 
 def find_bases(checkpoints: Sequence[Checkpoint], model: Path, base: Path | None) -> list[Path]:

@@ -11,6 +11,7 @@ the one in its log.
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -21,7 +22,7 @@ from shared.conditioning import PromptEmbeds
 from shared.schedule import TimestepRange
 from trainer.config import LossConfig
 from trainer.ensemble import Expert
-from trainer.error_bars import difference, mean, standard_error
+from trainer.error_bars import Each, between, difference, mean, standard_error
 from trainer.eval_loss import EvalLoss, ReadSamples, eval_loss
 from trainer.eval_samples import PinnedSample
 from trainer.lineup import Candidate, LineUp, loaded
@@ -97,20 +98,51 @@ def choice_change(choice: Sequence[Candidate], line: LineUp, losses: Losses) -> 
     return error, above, change_error
 
 
-def sweep(line: LineUp, losses: Losses) -> list[tuple[int, float]]:
-    """For two experts: (timestep at which they hand over, loss over the whole schedule), at the edges of stretches.
+@dataclass(frozen=True)
+class HandedOver:
+    """Two experts that hand over at `boundary`, wherever they were trained to."""
 
-    The upper expert answers from that timestep on, wherever it was trained.
-    """
+    boundary: int
+    loss: float
+    """Over the whole schedule."""
+    error: float | None
+    """Standard error of that."""
+    change: float | None
+    """What it is above the loss at the boundary that they were trained for, over the draws that both have."""
+    change_error: float | None
+    """Standard error of that."""
+
+
+def sweep(line: LineUp, losses: Losses) -> list[HandedOver]:
+    """For two experts: the upper one answers from another timestep on; at the edges of stretches."""
     if len(line.boundaries) != 1 or len(line.parts) != 2:
         return []
     lower, upper = (part.trained for part in line.parts)
     assert lower is not None
     assert upper is not None
     below, above = (bins_on_axis(losses[one.name], line) for one in (lower, upper))
+    drawn = [(_each_of(losses[lower.name], line, one), _each_of(losses[upper.name], line, one)) for one in below]
+    shares = [(one.high - one.low) / sum(each.high - each.low for each in below) for one in below]
     edges = sorted({edge for one in below for edge in (one.low, one.high)})
-    return [(edge, _mean([one if one.high <= edge else other for one, other in zip(below, above, strict=True)]))
-            for edge in edges]  # fmt: skip
+    found = []
+    for edge in edges:
+        takes, trained = ([int(one.high > at) for one in below] for at in (edge, line.boundaries[0]))
+        own = [(share, each[take]) for share, each, take in zip(shares, drawn, takes, strict=True)]
+        moved = [
+            (share, difference(each[take], each[before]))
+            for share, each, take, before in zip(shares, drawn, takes, trained, strict=True)
+            if take != before
+        ]
+        loss = _mean([pair[take] for pair, take in zip(zip(below, above, strict=True), takes, strict=True)])
+        change = sum(share * (mean(each) or 0.0) for share, each in moved)
+        found.append(HandedOver(edge, loss, standard_error(own), change, standard_error(moved) if moved else 0.0))
+    return found
+
+
+def _each_of(of: Mapping[TimestepRange, EvalLoss], line: LineUp, one: Bin) -> Each:
+    """The draws of a stretch that lies in one of the parts."""
+    within = next(part.within for part in line.parts if part.within.low <= one.low < part.within.high)
+    return between(of[within].each, one.low, one.high)
 
 
 def bins_on_axis(of: Mapping[TimestepRange, EvalLoss], line: LineUp) -> list[Bin]:

@@ -134,7 +134,7 @@ def judge(
             for within, one in of.items()
         ],
         choices=[_choice(choice, line, losses, own) for choice, own in zip(line.choices(), drawn.choices, strict=True)],
-        sweep=[SweepPoint(boundary=boundary, loss=loss) for boundary, loss in sweep(line, losses)],
+        sweep=[SweepPoint(**asdict(one)) for one in sweep(line, losses)],
         drift=_drift(line),
         finished=drawn.finished,
         finished_from=drawn.finished_from,

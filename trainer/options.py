@@ -46,7 +46,7 @@ Out = Annotated[Path, typer.Option("--out", help="Folder for the pictures.")]
 Wait = Annotated[bool, typer.Option("--wait", help="Wait until a build has sealed the manifest.")]
 Base = Annotated[
     Path | None,
-    typer.Option(help="Run, checkpoint or model folder that adapter experts stand on, if it is not --model."),
+    typer.Option(help="Run, checkpoint, model folder or .safetensors that adapters stand on, if it is not --model."),
 ]
 Steps = Annotated[int, typer.Option(min=1, max=1000, help="Steps of the scheduler.")]
 Guidance = Annotated[

@@ -7,6 +7,7 @@ A run remembers which checkpoint of the partner it asked last, and goes on with 
 
 import math
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -102,17 +103,12 @@ class Partner:
                 weight.data = weight.data.to(dtype)
         adapter = ADAPTER if facts.adapter else None
         self._model = ConditionedUnet(unet.eval(), facts.layout, refiner_width, adapter)
-        self._checkpoint = checkpoint
+        self._checkpoint, self.sha256 = checkpoint, partner_sha256(checkpoint)  # kept: its files may go any time
 
     @property
     def step(self) -> int:
         """Optimizer step of its checkpoint."""
         return self._checkpoint.state.step
-
-    @property
-    def sha256(self) -> str:
-        """Of its weights, hex."""
-        return partner_sha256(self._checkpoint)
 
     def fields(self) -> dict[str, Any]:
         """For the log of events: whom the run asks from here on."""
@@ -130,28 +126,46 @@ class Partner:
         began_s = time.perf_counter()
         newer = self._newer() if processes.is_first else None
         if processes.count > 1:
-            told = processes.tell({"path": newer and str(newer.path)}) if processes.is_first else processes.tell()
-            newer = newer or (told["path"] and open_checkpoint(Path(told["path"])))
+            told = (
+                processes.tell({"path": newer and str(newer.checkpoint.path)})
+                if processes.is_first
+                else processes.tell()
+            )
+            newer = newer or (_Read.of(Path(told["path"])) if told["path"] else None)
         if newer is None:
             return 0.0
         if self._model.adapter is None:
-            self._model.unet.load_state_dict(_weights(newer))
+            self._model.unet.load_state_dict(newer.weights)
         else:
-            set_adapter(self._model.unet, self._model.adapter, _weights(newer))
-        self._checkpoint = newer
+            set_adapter(self._model.unet, self._model.adapter, newer.weights)
+        self._checkpoint, self.sha256 = newer.checkpoint, newer.sha256
         return time.perf_counter() - began_s
 
-    def _newer(self) -> Checkpoint | None:
+    def _newer(self) -> "_Read | None":
         """A newer checkpoint of the run folder, looked at once."""
         newest = next(iter(list_checkpoints(self._path)), None)
         if newest is None or newest.name <= self._seen:
             return None
         self._seen = newest.name
         try:
-            return open_checkpoint(newest)
-        except CheckpointError as error:
+            return _Read.of(newest)
+        except (CheckpointError, OSError) as error:
             say(f"--partner: passed over: {error}")
             return None
+
+
+@dataclass(frozen=True)
+class _Read:
+    """A checkpoint of the partner, all that is needed of it in memory."""
+
+    checkpoint: Checkpoint
+    sha256: str
+    weights: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, path: Path) -> "_Read":
+        checkpoint = open_checkpoint(path)
+        return cls(checkpoint, partner_sha256(checkpoint), _weights(checkpoint))
 
 
 def stand_by(found: Checkpoint | None, asked: "Request", refiner_width: int, device: torch.device) -> Partner | None:

@@ -172,6 +172,12 @@ class SweepPoint(_Part):
     """The upper expert answers from this timestep on."""
     loss: float | None = None
     """Eval loss over the whole schedule."""
+    error: float | None = None
+    """Standard error of `loss`; None where draws are too few to tell."""
+    change: float | None = None
+    """What `loss` is above that at the boundary that both were trained for, over the same draws."""
+    change_error: float | None = None
+    """Standard error of `change`."""
 
 
 class Round(_Part):

@@ -11,8 +11,8 @@ from trainer.page_losses import beside_boundaries, by_timestep, over_rounds
 from trainer.page_pictures import STYLE as PICTURE_STYLE
 from trainer.page_pictures import pictures_of
 from trainer.page_tables import STYLE as TABLE_STYLE
-from trainer.page_tables import mean_of, number, percent, table
-from trainer.plot import Line, line_plot, shown
+from trainer.page_tables import Z, mean_of, number, percent, table
+from trainer.plot import Line, line_plot
 from trainer.report import Choice, JudgedExpert, Report, Round
 
 STYLE = """
@@ -135,15 +135,26 @@ def _handover(newest: Round) -> list[str]:
 
 
 def _sweep(newest: Round) -> list[str]:
-    losses = [(float(one.boundary), one.loss) for one in newest.sweep if one.loss is not None]
-    if not losses:
+    """Loss by boundary, and how well it is known against that at the boundary that both were trained for."""
+    known = [one for one in newest.sweep if one.loss is not None]
+    if not known:
         return []
     trained = newest.choices[-1].answers[-1].low
-    mark = [(float(trained), f"trained for {trained}")]
-    best = min(losses, key=lambda point: point[1])
+    before = next((one.loss for one in known if one.boundary == trained), None)
+    best = min(known, key=lambda one: one.loss or 0.0)
+    change = percent(best.change, best.change_error, before)
+    told = "" if best.boundary == trained else f", {change} against {trained}"
+    points = [(float(one.boundary), one.loss) for one in known if one.loss is not None]
+    bars = {float(one.boundary): Z * one.change_error for one in known if one.change_error}
     return [
         "<h2>Handing over elsewhere</h2>",
         f"<p>The same two experts, with the upper one answering from another timestep on. Lowest loss: "
-        f"{shown(best[1])} at {best[0]:.0f}.</p>",
-        line_plot("Loss by boundary", [Line("eval loss", losses, 1)], "boundary", "eval loss", mark),
+        f"{number(best.loss)} at {best.boundary}{told}. Bars say how well each is known against {trained}.</p>",
+        line_plot(
+            "Loss by boundary",
+            [Line("eval loss", points, 1, bars=bars)],
+            "boundary",
+            "eval loss",
+            [(float(trained), f"trained for {trained}")],
+        ),
     ]

@@ -1,6 +1,6 @@
 """Runs cache-build and cache-store in forks of a process that has imported the heavy libraries: no run costs a start.
 
-A line of JSON on stdin, one on stdout: {"command", "argv", "out", "err", "file_limit"} -> pid;
+A line of JSON on stdin, one on stdout: {"command", "argv", "out", "err", "file_limit", "encoders"} -> pid;
 {"wait": pid} -> exit code.
 Nothing is computed here before a fork: threads of a library would not survive it.
 """
@@ -76,6 +76,10 @@ def _become(job: dict[str, Any]) -> None:
         (2, job["err"], os.O_WRONLY | os.O_CREAT),
     ):
         os.dup2(os.open(path, flags, 0o644), descriptor)
+    if job["encoders"]:
+        from cache_builder import encoder_process
+
+        encoder_process.COMMAND = tuple(job["encoders"])
     sys.argv = [job["command"].replace("_", "-"), *job["argv"]]
     if job["file_limit"]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (job["file_limit"], resource.RLIM_INFINITY))

@@ -1,9 +1,12 @@
 """Small data sets, builds in this process, and cache-build as a process of its own that can be killed."""
 
+import contextlib
 import json
 import os
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +19,10 @@ from cache_builder.config import BuildConfig
 from cache_builder.report import BuildReport
 from cache_builder.sources.folder import FolderSource
 from shared.config import load_config
+from tests.s3_server import BUCKET, s3_server
 
+SERVICE_SERVER = Path(__file__).with_name("service_server.py")
+IMPORTED_S = 600
 SMALL = ("images.resolution=64", "images.step=16", "encode.batch=4")
 
 
@@ -74,13 +80,15 @@ class Commands:
             env=os.environ | {"PYTHONPATH": str(root)},
         )
         self._folder, self._count = folder, 0
+        self.encoders: Sequence[str] = ()  # what encoder processes are started with, if not as users' are
 
     def start(self, *arguments: str | Path, file_limit: int = 0, command: str = "cache_build") -> Running:
         """Start `cache-build ARGUMENTS`; `file_limit` is the longest file it may write, bytes."""
         self._count += 1
         out, err = (self._folder / f"{self._count}.{name}" for name in ("out", "err"))
         argv = [os.fspath(argument) for argument in arguments]
-        pid = self._ask({"argv": argv, "out": str(out), "err": str(err), "file_limit": file_limit, "command": command})
+        job = {"argv": argv, "out": str(out), "err": str(err), "file_limit": file_limit, "command": command}
+        pid = self._ask(job | {"encoders": self.encoders})
         return Running(pid, out, err, lambda: self._ask({"wait": pid}))
 
     def run(self, *arguments: str | Path, file_limit: int = 0) -> Finished:
@@ -128,6 +136,65 @@ def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
     server = Commands(tmp_path_factory.mktemp("commands"))
     yield server
     server.close()
+
+
+@dataclass(frozen=True)
+class ForkServer:
+    """service_server.py: what it starts costs no imports."""
+
+    socket: str
+    process: "subprocess.Popen[bytes]"
+
+    def command(self, *job: str) -> list[str]:
+        """What starts the module of cache_builder that `job` names, with words of its own."""
+        return [sys.executable, "-S", "-E", str(SERVICE_SERVER), self.socket, *job]
+
+    def wait(self) -> None:
+        """Until it has imported what is heavy."""
+        end_s = time.monotonic() + IMPORTED_S
+        while not os.path.exists(self.socket):
+            assert self.process.poll() is None
+            assert time.monotonic() < end_s
+            time.sleep(0.02)
+
+
+@pytest.fixture(scope="session")
+def fork_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServer]:
+    """Where services, their builds and encoders are forked."""
+    path = str(tmp_path_factory.mktemp("s") / "socket")
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    process = subprocess.Popen([sys.executable, str(SERVICE_SERVER), path], env=environment)
+    yield ForkServer(path, process)
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(path)  # and says nothing
+    try:
+        process.wait(30)
+    except subprocess.TimeoutExpired:  # nobody ever asked it
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture
+def forked_encoders(fork_server: ForkServer, commands: Commands, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Encoder processes, here and in commands, are forks."""
+    fork_server.wait()
+    monkeypatch.setattr("cache_builder.encoder_process.COMMAND", fork_server.command("encoder_process"))
+    monkeypatch.setattr(commands, "encoders", fork_server.command("encoder_process"))
+
+
+@pytest.fixture(scope="session")
+def s3_environment() -> Iterator[dict[str, str]]:
+    """That of an S3 server on loopback."""
+    with s3_server() as environment:
+        yield environment
+
+
+@pytest.fixture
+def bucket(s3_environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> str:
+    """An address on it; each test takes a prefix of its own."""
+    for name, value in s3_environment.items():
+        monkeypatch.setenv(name, value)
+    return f"s3://{BUCKET}"
 
 
 @pytest.fixture(scope="session")

@@ -1,19 +1,23 @@
-"""Runs cache-serve, and the builds of its services, in forks of a process that has imported the heavy libraries.
+"""Runs cache-serve, its builds, and encoders, in forks of a process that has imported the heavy libraries.
 
-    python service_server.py SOCKET          the server: a line of JSON each connection, {"serve": {...}} -> pid
-    python service_server.py SOCKET build    what a service is told to start builds with: takes its pipes to the server
+    python service_server.py SOCKET                  the server: a line of JSON each connection -> pid
+    python service_server.py SOCKET MODULE WORDS     what a service is told to start builds with, or a build encoders:
+                                                     takes its pipes to the server, which runs cache_builder.MODULE
 
 Nothing is computed here before a fork: threads of a library would not survive it.
 """
 
+import importlib
 import json
 import os
+import select
 import signal
 import socket
 import sys
 
 HEAVY = (
     "cache_builder.build_job",
+    "cache_builder.encoder_process",
     "cache_builder.serve",
     "cache_builder.verify",
     "typer.rich_utils",
@@ -21,8 +25,6 @@ HEAVY = (
 
 
 def serve_forks(path: str) -> None:
-    import importlib
-
     from cache_builder import build_job
 
     for name in (*HEAVY, *build_job._LIBRARIES):
@@ -49,7 +51,7 @@ def serve_forks(path: str) -> None:
             listener.close()
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             if descriptors:
-                _build(connection, descriptors)
+                _run(connection, descriptors, *json.loads(message))
             _serve(json.loads(message))
         if not descriptors:
             connection.sendall(f"{pid}\n".encode())
@@ -87,32 +89,32 @@ def _serve(job: dict[str, object]) -> None:
         os._exit(code)
 
 
-def _build(connection: socket.socket, descriptors: list[int]) -> None:
-    """The build in a fork of this fork, which waits for it and tells its client of it."""
-    builder = os.fork()
-    if builder == 0:
+def _run(connection: socket.socket, descriptors: list[int], module: str, *words: str) -> None:
+    """The work in a fork of this fork, which waits for it, tells its client, and kills it where that was killed."""
+    worker = os.fork()
+    if worker == 0:
         connection.close()
         for target, descriptor in enumerate(descriptors):
             os.dup2(descriptor, target)
             os.close(descriptor)
-        from cache_builder import build_job
-
-        build_job._main()
+        importlib.import_module(f"cache_builder.{module}")._main(*words)
     for descriptor in descriptors:
         os.close(descriptor)
     try:
-        connection.sendall(f"{builder}\n".encode())
-        code = os.waitstatus_to_exitcode(os.waitpid(builder, 0)[1])
-        connection.sendall(f"{code}\n".encode())
+        connection.sendall(f"{worker}\n".encode())
+        while (ended := os.waitpid(worker, os.WNOHANG)) == (0, 0):
+            if select.select([connection], [], [], 0.02)[0]:
+                os.kill(worker, signal.SIGKILL)
+        connection.sendall(f"{os.waitstatus_to_exitcode(ended[1])}\n".encode())
     finally:
         os._exit(0)
 
 
-def be_build(path: str) -> None:
-    """Hand the pipes over, hand signals on, and end as the build does."""
+def be_client(path: str, *job: str) -> None:
+    """Hand the pipes over, hand signals on, and end as the work does."""
     connection = socket.socket(socket.AF_UNIX)
     connection.connect(path)
-    socket.send_fds(connection, [b"build"], [0, 1, 2])
+    socket.send_fds(connection, [json.dumps(job).encode()], [0, 1, 2])
     for descriptor in (0, 1):
         os.close(descriptor)
     answers = connection.makefile()
@@ -125,7 +127,7 @@ def be_build(path: str) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[2:] == ["build"]:
-        be_build(sys.argv[1])
+    if sys.argv[2:]:
+        be_client(*sys.argv[1:])
     else:
         serve_forks(sys.argv[1])

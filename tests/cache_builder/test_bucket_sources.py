@@ -1,7 +1,7 @@
 """A data set in a bucket is the same as in a folder, in every form, and what has not changed is not read again."""
 
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,7 +20,6 @@ from shared.config import validate
 from shared.errors import ConfigError, DataError
 from shared.manifest import open_manifest
 from tests.datasets import FORMS, Item, write_as, write_folder, write_tar
-from tests.s3_server import BUCKET, s3_server
 
 Build = Callable[..., BuildReport]
 
@@ -35,15 +34,6 @@ ITEMS = [
     Item(f"{['', 'sub/', 'sub/deep er/'][index % 3]}{index:02}.png", picture(index), [f"caption {index}", "é 名前"])
     for index in range(9)
 ]
-
-
-@pytest.fixture(scope="module")
-def bucket() -> Iterator[str]:
-    """An address on an S3 server on loopback."""
-    with s3_server() as environment, pytest.MonkeyPatch.context() as patch:
-        for name, value in environment.items():
-            patch.setenv(name, value)
-        yield f"s3://{BUCKET}"
 
 
 def upload(folder: Path, address: str) -> None:

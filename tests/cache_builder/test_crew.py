@@ -20,7 +20,8 @@ from cache_builder.crew import MOST_DEATHS, Crew, Task
 from cache_builder.ray_runner import RayCluster
 from cache_builder.ray_worker import Worker
 from cache_builder.report import BuildReport
-from shared.errors import ConfigError, DataError, ExpertsError, Stopped
+from cache_builder.transfer.store_import import import_store
+from shared.errors import ConfigError, DataError, ExpertsError, Stopped, StoreMissing
 from shared.manifest import open_manifest
 from tests.pictures import write_shapes
 from tests.stores import records
@@ -147,6 +148,45 @@ def test_a_machine_with_other_weights_is_refused_in_a_line(
 
     with pytest.raises(ConfigError, match=r"^Ray worker on \S+: \S+ holds other weights than here; every machine of"):
         build_nearby(Strange(0), [pictures], tmp_path / "store", tiny_model)
+
+
+# --- shards in place of a store ---
+
+
+def test_shards_that_workers_write_are_the_store_of_one_process(
+    tmp_path: Path, pictures: Path, here: Any, tiny_model: Path, build_nearby: Any
+) -> None:
+    """Whatever is done twice, and stopped in the middle: the import has the digest and the records of one process."""
+    to = str(tmp_path / "shards")
+    with pytest.raises(Stopped):
+        build_nearby(Stopping(1), [pictures], tmp_path / "work", tiny_model, shards_to=to)
+    with pytest.raises(StoreMissing, match=r"holds no export\.json"):
+        import_store(to, tmp_path / "early")
+    written = sorted((tmp_path / "shards/shards").iterdir())
+    assert written
+    written[0].write_bytes(written[0].read_bytes()[:-40])  # as a bucket may have it of a write that was broken off
+    report = build_nearby(Nearby(2), [pictures], tmp_path / "work", tiny_model, shards_to=to)
+    assert report.encoded_captions < here[1].encoded_captions or report.encoded_crops < here[1].encoded_crops
+    assert report.digest == here[1].digest
+    assert not list((tmp_path / "work").glob(".sealing*"))
+    assert all(len(frame) < 1000 for frame in records(tmp_path / "work").values())  # facts alone
+    import_store(to, tmp_path / "store")
+    assert open_manifest(tmp_path / "store", "main").digest == open_manifest(here[0], "main").digest
+    assert records(tmp_path / "store").keys() == records(here[0]).keys()
+    again = build_nearby(Nearby(3, deaths=1), [pictures], tmp_path / "work", tiny_model, shards_to=to)
+    assert (again.digest, again.stored, again.encoded_captions) == (report.digest, 0, 0)
+
+
+class Stopping(Nearby):
+    """Asks to stop after some answers."""
+
+    def answer(self, call: Any) -> bytes | None:
+        if self.calls["work"] > 6:
+            raise Stopped("asked to")
+        return super().answer(call)
+
+
+# --- who does what ---
 
 
 class Bare:

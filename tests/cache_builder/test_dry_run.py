@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+import shared.scratch
 from cache_builder import dry_run as dry
 from cache_builder.build import BuildOptions, build
 from cache_builder.config import BuildConfig
@@ -133,6 +134,24 @@ def test_too_little_room(place: Path, tmp_path: Path, tiny_model: Path, monkeypa
     monkeypatch.setattr(dry, "free_bytes", lambda path: 4096)
     (refusal,) = foretell(config_of(place), tiny_model, tmp_path / "store").refusals
     assert (refusal.exit_code, "free some space" in str(refusal)) == (74, True)
+
+
+def test_what_goes_again_needs_room_too_where_it_lies(
+    place: Path, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders: list[Path | None] = []
+    open_scratch = shared.scratch.open_scratch
+    monkeypatch.setattr(shared.scratch, "open_scratch", lambda folder: folders.append(folder) or open_scratch(folder))
+    config, store = config_of(place), tmp_path / "store"
+    report = foretell(config, tiny_model, store)
+    assert set(folders) == {tmp_path}  # where the store will be
+    needed = report.bytes_to_write + report.bytes_passing
+    for free, codes in ((needed, []), (needed - 1, [74])):
+        monkeypatch.setattr(dry, "free_bytes", lambda path, free=free: free)
+        assert [refusal.exit_code for refusal in foretell(config, tiny_model, store).refusals] == codes
+    folders.clear()
+    build(open_sources(config.datasets), tiny_model, config, BuildOptions(store, "main", "cpu"))
+    assert set(folders) == {store, store / "manifests" / "main"}
 
 
 def lose_pictures(folder: Path) -> None:

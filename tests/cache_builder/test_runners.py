@@ -67,6 +67,7 @@ def make_encoder(model: Path, device: str = "cpu", **more: Any) -> SampleEncoder
 # --- several devices ---
 
 
+@pytest.mark.usefixtures("forked_encoders")
 def test_two_processes_fill_the_store_that_one_does(
     tmp_path: Path, pictures: Path, one_device: Path, tiny_model: Path, run_build: Build, capfd: Any
 ) -> None:
@@ -112,6 +113,7 @@ def alive(pids: Sequence[int]) -> list[int]:
     return [pid for pid in pids if Path(f"/proc/{pid}").exists()]
 
 
+@pytest.mark.usefixtures("forked_encoders")
 def test_a_process_that_dies_is_one_line_and_loses_nothing(
     tmp_path: Path, pictures: Path, one_device: Path, tiny_model: Path, commands: Any
 ) -> None:
@@ -136,6 +138,7 @@ def test_a_process_that_dies_is_one_line_and_loses_nothing(
     assert keys_of(tmp_path / "store") == keys_of(one_device)
 
 
+@pytest.mark.usefixtures("forked_encoders")
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGKILL])
 def test_a_stop_ends_the_processes_too(
     tmp_path: Path, pictures: Path, tiny_model: Path, commands: Any, sent: signal.Signals

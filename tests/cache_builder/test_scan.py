@@ -17,7 +17,8 @@ from cache_builder.buckets import CropPlan
 from cache_builder.config import BuildConfig
 from cache_builder.keys import facts_key, image_digest, latent_key
 from cache_builder.report import BuildReport
-from cache_builder.samples import Sample, Samples
+from cache_builder.sample import Sample
+from cache_builder.samples import Samples
 from cache_builder.scan import Scanner
 from cache_builder.sources import Found, Skipped
 from demo.draw import draw

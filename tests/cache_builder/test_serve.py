@@ -24,7 +24,6 @@ from shared.runlog import read_events
 from shared.store import StoreWriter
 from tests.pictures import write_shapes
 
-SERVER = Path(__file__).with_name("service_server.py")
 ROOT = Path(__file__).parents[2]
 PATIENCE_S = 150
 QUICK = ("service.quiet_s=0.2", "service.retry_s=0.2", "page.enabled=false")
@@ -91,26 +90,20 @@ class Service:
 class Services:
     """Starts them, in forks of service_server.py."""
 
-    def __init__(self, folder: Path) -> None:
-        self._socket = str(folder / "socket")
-        environment = os.environ | {"PYTHONPATH": str(ROOT)}
-        self._server = subprocess.Popen([sys.executable, str(SERVER), self._socket], env=environment)
+    def __init__(self, server: Any) -> None:
+        self._server = server
         self._started: list[Service] = []
-        self.build_command = [sys.executable, "-S", "-E", str(SERVER), self._socket, "build"]
+        self.build_command = server.command("build_job")
 
     def start(self, folder: Path, *sets: str, **options: Any) -> Service:
         """cache-serve --config FOLDER/serve.toml, told `sets`, with ServeOptions(`options`)."""
-        end_s = time.monotonic() + 4 * PATIENCE_S  # it imports what is heavy first
-        while not os.path.exists(self._socket):
-            assert self._server.poll() is None
-            assert time.monotonic() < end_s
-            time.sleep(0.02)
+        self._server.wait()
         err = folder / f"{len(self._started)}.err"
         job = {"config": str(folder / "serve.toml"), "sets": [*QUICK, *sets], "out": os.devnull, "err": str(err)}
         job |= {"options": {"build_command": self.build_command} | options}
         err.touch()
         with socket.socket(socket.AF_UNIX) as connection:
-            connection.connect(self._socket)
+            connection.connect(self._server.socket)
             connection.sendall(json.dumps(job).encode())
             pid = int(connection.makefile().readline())
         self._started.append(Service(folder, pid, err))
@@ -123,23 +116,12 @@ class Services:
                 os.kill(service.pid, signal.SIGKILL)
         self._started.clear()
 
-    def close(self) -> None:
-        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as connection:
-            connection.connect(self._socket)  # and says nothing
-        self._server.wait(PATIENCE_S)
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Services]:
-    services = Services(tmp_path_factory.mktemp("s"))
-    yield services
-    services.close()
-
 
 @pytest.fixture
-def services(server: Services) -> Iterator[Services]:
-    yield server
-    server.end_all()
+def services(fork_server: Any) -> Iterator[Services]:
+    started = Services(fork_server)
+    yield started
+    started.end_all()
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,7 +27,6 @@ from shared.manifest_shelf import sealed_manifests
 from shared.parts import Part
 from shared.record import encode_record, frame_checksum
 from shared.store import StoreWriter
-from tests.s3_server import BUCKET, s3_server
 from tests.stores import key, records, records_of, row, settings, write_store
 
 SMALL = 20_000  # bytes of a shard: some ten of them
@@ -375,15 +374,6 @@ def test_places_that_cannot_be_meant(store: Path, tmp_path: Path) -> None:
         export_store(store, str(tmp_path / "file"))
     with pytest.raises(ConfigError, match="there are: main, others"):
         export_store(store, str(tmp_path / "out"), manifest="none")
-
-
-@pytest.fixture(scope="module")
-def bucket() -> Iterator[str]:
-    """An address on an S3 server on loopback."""
-    with s3_server() as environment, pytest.MonkeyPatch.context() as patch:
-        for name, value in environment.items():
-            patch.setenv(name, value)
-        yield f"s3://{BUCKET}"
 
 
 def test_a_bucket_is_as_good_as_a_folder(bucket: str, store: Path, exported: Path, tmp_path: Path) -> None:

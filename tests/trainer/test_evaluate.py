@@ -133,6 +133,10 @@ def test_the_sweep_meets_the_pair_at_its_own_boundary(report: Any) -> None:
     assert sweep[0] == pytest.approx(alone("base"), rel=1e-9)
     assert sweep[1000] == pytest.approx(alone("refiner"), rel=1e-9)
     assert len(set(sweep.values())) > 3
+    for one in report.rounds[0].sweep:
+        assert one.change == pytest.approx(one.loss - sweep[350], abs=1e-9)
+        assert one.error > 0
+        assert (one.change_error == 0) == (one.boundary == 350)
 
 
 def test_a_report_reads_back_and_is_the_same_again(report: Any, judge_in: Judge, tmp_path: Path) -> None:

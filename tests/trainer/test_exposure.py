@@ -298,6 +298,9 @@ def test_a_damaged_newer_partner_is_passed_over_once(
     assert loaded.renew(alone) == loaded.renew(alone) == 0
     assert loaded.step == 2
     assert capfd.readouterr().err.count("passed over") == 1
+    fields = loaded.fields()
+    shutil.rmtree(step_dir(partner, 2))  # as a run does with its older ones
+    assert loaded.fields() == fields
 
 
 def test_a_renewed_partner_predicts_as_one_that_was_loaded(world: Any, base: Path) -> None:

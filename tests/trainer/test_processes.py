@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,24 @@ def test_a_request_to_stop_that_one_hears_ends_both_after_the_same_step(
     assert checkpoint is not None
     assert checkpoint.state.step == stopped["step"] == events(run, "step")[-1]["step"]
     assert "process 1: " in commands[1].errors()[-1]
+
+
+@pytest.mark.slow
+def test_two_take_over_the_same_newer_partner(world: Any, start: Start, events: Events, tmp_path: Path) -> None:
+    base, exposed = tmp_path / "base", (*SETS, "loss.exposure={share=0.5, reach=300}")
+    train_expert(world.request(base, "steps=1", "batch=1"))
+    one, two = tmp_path / "one", tmp_path / "two"
+    arguments = [*world.arguments(two, *exposed, "steps=4", expert="refiner"), "--partner", str(base)]
+    request = replace(world.request(one, *exposed, "steps=4", expert="refiner"), partner=base)
+    for run in (one, two):
+        train_expert(replace(world.request(run, *exposed, "steps=2", expert="refiner"), partner=base))
+    train_expert(world.request(base, "steps=2", "batch=1"))
+    train_expert(request)
+    for command in start_two(start, arguments):
+        assert command.wait() == 0, command.errors()
+    assert_same_run(two, one, events)
+    met = [(event["step"], event["partner_step"]) for event in events(two, "partner")]
+    assert met == [(0, 1), (2, 1), (3, 2)]
 
 
 @pytest.mark.slow

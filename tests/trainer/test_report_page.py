@@ -52,7 +52,10 @@ def round_of(number: int, name: str = "base", loss: float | None = 0.2) -> Round
             Choice(answers=starts, loss=0.25, error=0.02, change=0.0, change_error=0.0),
             Choice(answers=answers, loss=loss, error=0.02, change=-0.05, change_error=0.001),
         ],
-        sweep=[SweepPoint(boundary=at, loss=0.2 + at / 1e4) for at in range(0, 1001, 50)],
+        sweep=[
+            SweepPoint(boundary=at, loss=0.2 + at / 1e4, error=0.02, change=(at - 350) / 1e4, change_error=0.001)
+            for at in range(0, 1001, 50)
+        ],
     )
 
 
@@ -124,6 +127,11 @@ def test_losses_and_changes_have_their_intervals(tmp_path: Path) -> None:
     assert "base: 0.2 ± 0.039 at 375" in page
     alone = report_page(report(round_of(1, loss=None)), tmp_path)
     assert alone.count("± 0.039") == 1  # the start model's
+
+
+def test_another_boundary_is_told_with_its_change(tmp_path: Path) -> None:
+    page = report_page(report(round_of(1)), tmp_path)
+    assert "Lowest loss: 0.2 at 0, -14.89 % <small>± 0.83</small> against 350." in page
 
 
 def test_bars_lie_within_the_frame() -> None:

@@ -27,6 +27,7 @@ from shared.vae import read_vae_facts
 from tests.shared.test_hub import write_original
 from trainer.bundle import BundleRequest, bundle
 from trainer.drawing import GenerateRequest
+from trainer.drawn import resolve_base
 from trainer.ensemble import DrawSettings
 from trainer.generate import generate
 from trainer.original_file import load_file_pipeline
@@ -188,6 +189,8 @@ def test_at_sdxls_proportions_no_settings_need_to_be_given(tmp_path: Path, layer
     assert read_vae_facts(model) == read_vae_facts(folder)
     assert read_text_facts(model) == read_text_facts(folder)
     assert unet_digest(model / "unet") == unet_digest(folder / "unet")
+    assert (base := resolve_base(file))  # as --base, which needs no tokenizers
+    assert unet_digest(base / "unet") == unet_digest(folder / "unet")
     pipeline = StableDiffusionXLPipeline.from_pretrained(model, use_safetensors=True)
     pipeline.set_progress_bar_config(disable=True)
     drawn = pipeline("a circle", height=64, width=64, num_inference_steps=1, output_type="latent").images
