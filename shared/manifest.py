@@ -12,18 +12,15 @@ shared/manifest_rows.py and shared/manifest_columns.py.
 """
 
 import fcntl
-import hashlib
 import json
 import os
 import re
 import time
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-import msgpack
 import numpy as np
 import pyarrow as pa
 import xxhash
@@ -31,19 +28,22 @@ from pydantic import ValidationError
 
 from shared.atomic import sync_file, sync_folder, write_atomically
 from shared.errors import ConfigError, ManifestMismatch
+from shared.manifest_buckets import Bucket, buckets_of
+from shared.manifest_check import Check, ManifestAbsent, require_sound, start_check
 from shared.manifest_columns import make_columns
 from shared.manifest_rows import (
+    MANIFEST_FORMAT,
     META,
     ManifestRow,
     ManifestSettings,
     MetaValue,
     Split,
+    manifest_digest,
     read_row,
     schema_of,
 )
 from shared.parts import PINNED_SAMPLES, Heads, Mask, Part, eval_order, in_any, joined_parts, parse_part
 
-MANIFEST_FORMAT = 1
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _METADATA_KEY = b"sdxl-experts"
@@ -57,22 +57,15 @@ class SizedRows(Protocol):
     def __iter__(self) -> Iterator[ManifestRow]: ...
 
 
-class _ManifestAbsent(ManifestMismatch):
-    """A manifest that is not there, or not whole; building it again helps."""
-
-
-@dataclass(frozen=True)
-class Bucket:
-    """The training rows of one bucket."""
-
-    hw: tuple[int, int]  # pixels
-    rows: np.ndarray[Any, np.dtype[np.int64]]
-
-
 class Manifest:
-    """A sealed manifest, memory-mapped."""
+    """A sealed manifest, memory-mapped.
 
-    def __init__(self, name: str, path: Path, table: pa.RecordBatch, parts: tuple[Part, ...] = ()) -> None:
+    Of one that is verified beside, what a row says is told when that is done, and raises ManifestMismatch where it was
+    damaged; how many rows there are, in which bucket and of which split, is told before.
+    """
+
+    def __init__(self, name: str, path: Path, table: pa.RecordBatch, parts: tuple[Part, ...], check: Check) -> None:
+        self._check: Check | None = check  # still going on; rows are read once it is done
         self.name = name
         self.path = path
         self.parts = parts  # those whose records this store has; () for all
@@ -81,12 +74,20 @@ class Manifest:
         self.settings = ManifestSettings.model_validate(card["settings"])
         self._table = table
 
+    def verified(self) -> None:
+        """Return once the whole file is known to be what was sealed; raises ManifestMismatch."""
+        if self._check is not None:
+            require_sound(self.path, self._check)
+            self._check = None
+
     def latent_keys(self) -> np.ndarray[Any, np.dtype[np.bytes_]]:
         """Keys of the latents of every variant of every row, in order, S16 (numpy cuts trailing zeros)."""
+        self.verified()
         return _keys(self._table.column("variants").flatten().field("latent_key"))
 
     def text_keys(self) -> np.ndarray[Any, np.dtype[np.bytes_]]:
         """Keys of the texts of every row, in order, S16; the empty prompt's is in the settings."""
+        self.verified()
         return _keys(self._table.column("texts").flatten())
 
     def rows_naming(self, keys: Sequence[bytes]) -> list[int]:
@@ -99,18 +100,20 @@ class Manifest:
 
     def caption_counts(self) -> np.ndarray[Any, np.dtype[np.int64]]:
         """How many captions each row has, int64 [rows]."""
+        self.verified()
         counts: np.ndarray[Any, np.dtype[np.int64]] = np.diff(self._table.column("texts").offsets.to_numpy())
         return counts.astype(np.int64)
 
     def variant_counts(self) -> np.ndarray[Any, np.dtype[np.int64]]:
         """How many crops each row has, int64 [rows]."""
+        self.verified()
         counts: np.ndarray[Any, np.dtype[np.int64]] = np.diff(self._table.column("variants").offsets.to_numpy())
         return counts.astype(np.int64)
 
-    def sample_heads(self) -> Heads:
-        """The first 32 bits of each row's sample id, uint32 [rows]: what parts are told by."""
-        ids = _keys(self._table.column("sample_id"))
-        return ids.view(">u4").reshape(-1, 4)[:, 0].astype(np.uint32)
+    def sample_heads(self, rows: np.ndarray[Any, Any] | None = None) -> Heads:
+        """The first 32 bits of the sample id of each row, or of `rows`, uint32: what parts are told by."""
+        heads = _keys(self._table.column("sample_id")).view(">u4").reshape(-1, 4)[:, 0]
+        return (heads if rows is None else heads[rows]).astype(np.uint32)
 
     def rows_in(self, parts: Sequence[Part]) -> Mask:
         """Whether each row belongs to one of `parts`, bool [rows]; of none, all do.
@@ -121,18 +124,20 @@ class Manifest:
             return np.ones(len(self), np.bool_)
         mask = in_any(parts, self.sample_heads())
         held_out = [int(row) for bucket in self.buckets("eval") for row in bucket.rows]
-        first = eval_order(self.sample_ids(held_out))[:PINNED_SAMPLES]
+        first = eval_order(self.sample_ids(held_out), PINNED_SAMPLES)
         mask[[held_out[i] for i in first]] = True
         return mask
 
     def original_sizes(self) -> np.ndarray[Any, np.dtype[np.int64]]:
         """Size of each row's picture, int64 [rows, 2], (h, w) in pixels."""
+        self.verified()
         flat = self._table.column("original_size_hw").flatten().to_numpy()
         sizes: np.ndarray[Any, np.dtype[np.int64]] = flat.reshape(-1, 2).astype(np.int64)
         return sizes
 
     def in_dataset(self, name: str) -> np.ndarray[Any, np.dtype[np.bool_]]:
         """Whether each row is of data set `name`, bool [rows]."""
+        self.verified()
         codes = self._table.column("dataset")
         known = codes.dictionary.to_pylist()
         is_in: np.ndarray[Any, np.dtype[np.bool_]] = codes.indices.to_numpy() == (
@@ -142,20 +147,24 @@ class Manifest:
 
     def meta(self, name: str) -> list[MetaValue | None]:
         """What travelled along in column meta_NAME, row by row; None where a row has nothing."""
+        self.verified()
         values: list[Any] = self._table.column(META + name).to_pylist()
         return [tuple(value) if isinstance(value, list) else value for value in values]
 
     def image_digests(self, indices: Sequence[int] | None = None) -> list[bytes]:
         """Digest of each row's picture, or of those at `indices`, in that order."""
+        self.verified()
         column = self._table.column("image_digest")
         return list((column if indices is None else column.take(pa.array(indices, pa.int64()))).to_pylist())
 
     def all_sample_ids(self) -> np.ndarray[Any, np.dtype[np.bytes_]]:
         """Ids of all rows, in order, S16 (numpy cuts trailing zeros)."""
+        self.verified()
         return _keys(self._table.column("sample_id"))
 
     def sample_ids(self, indices: Sequence[int]) -> list[bytes]:
         """Ids of the rows at `indices`, in that order."""
+        self.verified()
         return list(self._table.column("sample_id").take(pa.array(indices, pa.int64())).to_pylist())
 
     def __len__(self) -> int:
@@ -163,19 +172,20 @@ class Manifest:
 
     def rows(self, indices: Sequence[int] | np.ndarray[Any, Any]) -> list[ManifestRow]:
         """The rows at `indices`, in that order."""
+        self.verified()
         return [read_row(row) for row in self._table.take(pa.array(indices, pa.int64())).to_pylist()]
 
     def buckets(self, split: Split = "train") -> list[Bucket]:
         """Rows of `split` by bucket, smallest bucket first; the same bucket of several data sets is one."""
         hw = self._table.column("bucket_hw").flatten().to_numpy().reshape(-1, 2)
-        codes = self._table.column("split")
-        wanted = codes.dictionary.to_pylist().index(split) if split in codes.dictionary.to_pylist() else -1
-        chosen = np.flatnonzero(codes.indices.to_numpy() == wanted)
-        sizes, membership = np.unique(hw[chosen], axis=0, return_inverse=True)
-        membership = membership.reshape(-1)
-        return [
-            Bucket((int(h), int(w)), chosen[membership == index].astype(np.int64)) for index, (h, w) in enumerate(sizes)
-        ]
+        split_codes = self._table.column("split")
+        try:
+            split_codes.dictionary.validate(full=True)
+        except pa.ArrowInvalid:
+            self.verified()
+            raise
+        names = split_codes.dictionary.to_pylist()
+        return buckets_of(hw, split_codes.indices.to_numpy(), names.index(split) if split in names else -1)
 
 
 def seal_manifest(
@@ -209,34 +219,42 @@ def seal_manifest(
     return open_manifest(store, name)
 
 
-def open_manifest(store: Path, name: str, digest: str | None = None) -> Manifest:
-    """NAME's current manifest, or the one of `digest`; verified, then memory-mapped.
+def open_manifest(store: Path, name: str, digest: str | None = None, *, check_beside: bool = False) -> Manifest:
+    """NAME's current manifest, or the one of `digest`; verified, then memory-mapped, or mapped while it is verified.
 
     Raises ManifestMismatch where it is absent, damaged or of a newer format.
     """
     folder = manifest_folder(store, name)
     seal = _read_seal(folder, digest)
-    return map_manifest(name, folder / f"{seal['digest']}.arrow", seal)
+    return map_manifest(name, folder / f"{seal['digest']}.arrow", seal, check_beside=check_beside)
 
 
-def map_manifest(name: str, path: Path, seal: Mapping[str, Any]) -> Manifest:
-    """The manifest in the file `path`, verified by its seal and mapped; raises ManifestMismatch."""
+def map_manifest(name: str, path: Path, seal: Mapping[str, Any], *, check_beside: bool = False) -> Manifest:
+    """The manifest in the file `path`, verified by its seal and mapped; raises ManifestMismatch.
+
+    Reading gigabytes takes its time: `check_beside` verifies in a thread, and whoever asks for a row waits for it.
+    """
     try:
         hold = _hold(path)
         try:
+            check = start_check(hold, seal)
+            if not check_beside:
+                require_sound(path, check)
             with pa.memory_map(str(path)) as mapped:
-                _check_bytes(path, mapped.read_buffer(), seal)
                 batch = pa.ipc.open_file(mapped).get_batch(0)
+            batch.validate()
             parts = joined_parts(parse_part(part) for part in seal.get("parts", ()))
-            manifest = Manifest(name, path, batch, parts)
+            manifest = Manifest(name, path, batch, parts, check)
+            if not batch.schema.equals(schema_of(manifest.settings)):
+                require_sound(path, check)
         except BaseException:
             os.close(hold)
             raise
         weakref.finalize(manifest, os.close, hold)
     except (OSError, pa.ArrowException, ValidationError, KeyError, ValueError, TypeError, ConfigError) as error:
-        raise _ManifestAbsent(f"manifest {path} is damaged: {str(error).splitlines()[0]}; build it again") from None
+        raise ManifestAbsent(f"manifest {path} is damaged: {str(error).splitlines()[0]}; build it again") from None
     if manifest.digest != seal["digest"]:
-        raise _ManifestAbsent(f"manifest {path} is not the one its seal names")
+        raise ManifestAbsent(f"manifest {path} is not the one its seal names")
     return manifest
 
 
@@ -280,23 +298,11 @@ def list_manifests(store: Path) -> list[str]:
     return sorted(path.parent.name for path in (store / "manifests").glob("*/current.json"))
 
 
-def manifest_digest(settings: ManifestSettings, ordered: Iterable[ManifestRow]) -> str:
-    """blake2b-256, hex, over the format version, the settings and the rows in order."""
-    digest = hashlib.blake2b(digest_size=32)
-    digest.update(msgpack.packb([MANIFEST_FORMAT, json.dumps(settings.as_json(), sort_keys=True)]))
-    for row in ordered:
-        variants = [[v.latent_key, v.flip, *v.crop_top_left, *v.target_hw] for v in row.variants]
-        fields = [row.dataset, row.sample_id, row.path, row.image_digest, row.original_hw, row.bucket_hw]
-        meta = [[row.meta.get(name) for name in sorted(settings.meta)]] if settings.meta else []
-        digest.update(msgpack.packb([*fields, variants, row.text_keys, row.split, *meta], use_bin_type=True))
-    return digest.hexdigest()
-
-
 def _sound(store: Path, name: str, digest: str | None = None) -> Manifest | None:
     """The manifest, or None where it is absent or damaged: it is then made anew."""
     try:
         return open_manifest(store, name, digest)
-    except _ManifestAbsent:
+    except ManifestAbsent:
         return None
 
 
@@ -340,21 +346,21 @@ def manifest_folder(store: Path, name: str) -> Path:
 
 def _read_seal(folder: Path, digest: str | None) -> dict[str, Any]:
     if digest is not None and not _DIGEST.fullmatch(digest):
-        raise _ManifestAbsent(f"{digest!r} is no digest of a manifest")
+        raise ManifestAbsent(f"{digest!r} is no digest of a manifest")
     path = folder / (f"{digest}.json" if digest else "current.json")
     try:
         seal = json.loads(path.read_text())
         version, _, _ = seal["format"], seal["digest"], seal["bytes"]
     except FileNotFoundError:
-        raise _ManifestAbsent(_absent(folder, digest)) from None
+        raise ManifestAbsent(_absent(folder, digest)) from None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise _ManifestAbsent(f"{path} is damaged: {error}; build it again") from None
+        raise ManifestAbsent(f"{path} is damaged: {error}; build it again") from None
     if version != MANIFEST_FORMAT:
         raise ManifestMismatch(
             f"{path} is of manifest format {version}; this program reads {MANIFEST_FORMAT}: update it"
         )
     if not _DIGEST.fullmatch(str(seal["digest"])) or digest not in (None, seal["digest"]):
-        raise _ManifestAbsent(f"{path} is damaged: it names another digest; build it again")
+        raise ManifestAbsent(f"{path} is damaged: it names another digest; build it again")
     return dict(seal)
 
 
@@ -365,7 +371,7 @@ def _hold(path: Path) -> int:
         fcntl.flock(hold, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(hold)
-        raise _ManifestAbsent(f"manifest {path} is being dropped") from None
+        raise ManifestAbsent(f"manifest {path} is being dropped") from None
     except OSError:
         pass  # a file system without locks: reading goes before protection
     return hold
@@ -387,8 +393,3 @@ def _absent(folder: Path, digest: str | None) -> str:
     return f"no manifest {folder.name!r} in {store}; " + (
         f"there are: {', '.join(known)}" if known else "a build that completes makes one (cache-build)"
     )
-
-
-def _check_bytes(path: Path, data: pa.Buffer, seal: Mapping[str, Any]) -> None:
-    if len(data) != seal["bytes"] or xxhash.xxh3_128(data).hexdigest() != seal["xxh3_128"]:
-        raise _ManifestAbsent(f"manifest {path} is damaged (checksum); build it again")

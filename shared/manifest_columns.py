@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from shared.errors import DataError
 from shared.manifest_rows import ManifestRow, column_value
 from shared.scratch import Array, Column, open_scratch
 
@@ -23,7 +24,10 @@ ROWS_AT_ONCE = 1024  # as objects of Python, a kilobyte and a half each
 
 
 def make_columns(schema: pa.Schema, ordered: Iterable[ManifestRow], folder: Path) -> list[pa.Array]:
-    """The columns of the rows `ordered`; the unnamed files are in `folder`."""
+    """The columns of the rows `ordered`; the unnamed files are in `folder`.
+
+    Raises DataError where a column of text is more than Arrow's offsets can tell, 2 GiB.
+    """
     plain = pa.schema([field.with_type(_plain_type(field.type)) for field in schema])
     table = _mapped(plain, _batches(plain, ordered), folder)
     return [_whole(field.type, table.column(field.name).chunks, folder) for field in schema]
@@ -64,8 +68,13 @@ def _offsets(pieces: Sequence[pa.Array], folder: Path) -> Array:
     begins.append(bytes(4))
     for piece in pieces:
         first, *_ = ends = _own_offsets(piece)
-        begins.append((ends[1:] - first + end).tobytes())
-        end += int(ends[-1] - first)
+        before, end = end, end + int(ends[-1] - first)
+        if end >= 1 << 31:
+            raise DataError(
+                "a column of the manifest has more than 2 GiB of text (paths are one): give some of the data sets a "
+                "manifest of their own (--manifest)"
+            )
+        begins.append((ends[1:] - first + before).tobytes())
     return begins.array
 
 

@@ -1,12 +1,16 @@
 """What stands in a manifest: the settings of its build, and a row for each sample, in Python and in Arrow."""
 
-from collections.abc import Mapping, Sequence
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import msgpack
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict
 
+MANIFEST_FORMAT = 1
 Split = Literal["train", "eval"]
 MetaType = Literal["bool", "int", "float", "string", "strings"]
 MetaValue = bool | int | float | str | tuple[str, ...]
@@ -165,6 +169,18 @@ def read_row(row: dict[str, Any]) -> ManifestRow:
             if name.startswith(META) and value is not None
         },
     )
+
+
+def manifest_digest(settings: ManifestSettings, ordered: Iterable[ManifestRow]) -> str:
+    """blake2b-256, hex, over the format version, the settings and the rows in order."""
+    digest = hashlib.blake2b(digest_size=32)
+    digest.update(msgpack.packb([MANIFEST_FORMAT, json.dumps(settings.as_json(), sort_keys=True)]))
+    for row in ordered:
+        variants = [[v.latent_key, v.flip, *v.crop_top_left, *v.target_hw] for v in row.variants]
+        fields = [row.dataset, row.sample_id, row.path, row.image_digest, row.original_hw, row.bucket_hw]
+        meta = [[row.meta.get(name) for name in sorted(settings.meta)]] if settings.meta else []
+        digest.update(msgpack.packb([*fields, variants, row.text_keys, row.split, *meta], use_bin_type=True))
+    return digest.hexdigest()
 
 
 def _pair(values: Sequence[int]) -> tuple[int, int]:

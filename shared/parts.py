@@ -8,6 +8,7 @@ Stretches nest (part 1/4 lies in part 0/2), so any number of machines may divide
 from few shards that are sorted by h. A part holds whole samples: their crops and all their captions.
 """
 
+import heapq
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -43,8 +44,14 @@ class Part:
 
     def holds(self, heads: Heads) -> Mask:
         """Whether the samples whose ids begin with `heads` belong to it."""
-        mask: Mask = (heads.astype(np.uint64) * np.uint64(self.count)) >> np.uint64(32) == self.index
+        mask: Mask = part_of(heads, self.count) == self.index
         return mask
+
+
+def part_of(heads: Heads, count: int) -> np.ndarray[Any, np.dtype[np.uint64]]:
+    """Which of `count` parts the samples belong to whose ids begin with `heads`."""
+    numbers: np.ndarray[Any, np.dtype[np.uint64]] = (heads.astype(np.uint64) * np.uint64(count)) >> np.uint64(32)
+    return numbers
 
 
 def parse_part(text: str) -> Part:
@@ -80,6 +87,8 @@ def in_any(parts: Sequence[Part], heads: Heads) -> Mask:
     return mask
 
 
-def eval_order(sample_ids: Sequence[bytes]) -> list[int]:
-    """Indices of held-out samples in the order in which runs choose whom they are scored on: by a hash of their ids."""
-    return sorted(range(len(sample_ids)), key=lambda i: (derive_seed(0, "eval sample", sample_ids[i]), sample_ids[i]))
+def eval_order(sample_ids: Sequence[bytes], count: int) -> list[int]:
+    """Indices of the held-out samples that runs are scored on, `count` at most: the first by a hash of their ids."""
+    return heapq.nsmallest(
+        count, range(len(sample_ids)), lambda i: (derive_seed(0, "eval sample", sample_ids[i]), sample_ids[i])
+    )

@@ -7,6 +7,7 @@ from pydantic import Field, field_validator, model_validator
 from shared.config import Config
 from shared.contract import NullPrompt, Spacing
 from shared.errors import ConfigError
+from shared.parts import MOST_PARTS
 from shared.schedule import HuberSchedule, PredictionType, TimestepRange, check_objective
 from trainer.adapter_config import AdapterConfig
 from trainer.caption_dropout import DropoutByTimestep
@@ -137,6 +138,8 @@ class ExpertConfig(Config):
     """Samples in a micro-batch, all of one bucket."""
     accumulation: int = Field(1, ge=1)
     """Micro-batches in an optimizer step, of all processes together: on one GPU or four, it is the same run."""
+    partitions: int = Field(1, ge=1, le=MOST_PARTS)
+    """Parts of the manifest that micro-batches are taken from in turns, so that a machine needs its part alone."""
     seed: int = 0
     """Seed of order, timesteps, noise and dropout."""
     precision: Literal["fp32", "bf16-mixed", "bf16-lean"] = "fp32"
@@ -190,6 +193,12 @@ class ExpertConfig(Config):
         if self.timesteps.high > self.schedule.num_timesteps:
             raise ValueError(
                 f"timesteps.high {self.timesteps.high} is beyond the {self.schedule.num_timesteps} there are"
+            )
+        if self.accumulation % self.partitions:
+            fitting = -(-self.accumulation // self.partitions) * self.partitions
+            raise ValueError(
+                f"accumulation {self.accumulation} is not a multiple of partitions {self.partitions}, which each give "
+                f"equally many micro-batches of an optimizer step: accumulation = {fitting} would do"
             )
         self._check_weights()
         if self.adapter is not None and self.trainable != ("full",):

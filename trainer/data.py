@@ -8,7 +8,6 @@ import itertools
 from collections.abc import Callable, Generator, Sequence
 from typing import Literal
 
-import numpy as np
 import torch
 
 from shared.ahead import Ahead
@@ -21,6 +20,7 @@ from shared.manifest_rows import ManifestRow, Variant
 from shared.seeding import derive_seed
 from shared.store import StoreReader
 from trainer.batch import Batch
+from trainer.packed_rows import row_after
 from trainer.sampler import MicroBatch, Pool
 
 AHEAD = 3  # micro-batches that wait, ready, for the UNet
@@ -45,7 +45,7 @@ class BatchReader:
         self._store, self._manifest, self._settings = store, manifest, manifest.settings
         self._seed, self._captions = seed, captions
         self._pin, self._on_corrupt = pin_memory, on_corrupt
-        self._rows_of = {pool.hw: np.unique(pool.rows) for pool in pools}
+        self._rows_of = {(pool.partition, pool.hw): pool.rows for pool in pools}
         self._corrupt: set[int] = set()
 
     def read(self, micro: MicroBatch) -> Batch:
@@ -109,8 +109,7 @@ class BatchReader:
 
     def _next(self, micro: MicroBatch, index: int, row: int) -> int:
         """The row after `row` in its bucket, round to the one that sample `index` began with."""
-        rows = self._rows_of[micro.bucket_hw]
-        following = int(rows[(int(rows.searchsorted(row)) + 1) % len(rows)])
+        following = row_after(self._rows_of[micro.partition, micro.bucket_hw], row)
         if following == micro.rows[index]:
             h, w = micro.bucket_hw
             raise DataError(

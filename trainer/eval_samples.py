@@ -88,9 +88,9 @@ def choose_samples(manifest: Manifest, count: int = PINNED_SAMPLES, dataset: str
         is_in = manifest.in_dataset(dataset)
         rows = [row for row in rows if is_in[row]]
     ids = manifest.sample_ids(rows)
-    ordered = eval_order(ids)
+    ordered = eval_order(ids, count)
     has_variance = manifest.settings.latents == "moments"
-    return [_pin(row, has_variance) for row in manifest.rows([rows[i] for i in ordered[:count]])]
+    return [_pin(row, has_variance) for row in manifest.rows([rows[i] for i in ordered])]
 
 
 def read_sample_batch(

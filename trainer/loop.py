@@ -31,10 +31,10 @@ from trainer.loss_bins import LossBins
 from trainer.meter import Meter
 from trainer.model_card import model_card
 from trainer.optim import Optimizer
+from trainer.partitions import own_micro_batches, own_places, partitions_read, partitions_text
 from trainer.partner import stand_by
 from trainer.processes import joined
 from trainer.run import Request, Run, make_order, open_run_together
-from trainer.sampler import own_micro_batches
 from trainer.saving import SaveTurns, surviving_a_full_disk
 from trainer.start import start_advice
 from trainer.trackers import Curves
@@ -55,7 +55,8 @@ def train_expert(request: Request) -> int:
         StoreReader(request.store) as store,
         closing(open_run_together(request, processes)) as run,
     ):
-        device, share = processes.device, processes.share(config.accumulation)
+        own = own_places(processes.index, processes.count, config.accumulation, config.partitions)
+        device, share, partitions = processes.device, len(own), partitions_read(own, config.partitions)
         if run.first_step >= config.steps:
             say(f"{run.folder} is complete: {run.first_step} steps")
             return run.first_step
@@ -93,7 +94,7 @@ def train_expert(request: Request) -> int:
             read_null_text(store, run.manifest, facts.null_prompt, device),
             exposure_to(partner.predict, config, schedule) if partner else None,
         )
-        pools = view_of(run.manifest, config.data)
+        pools = view_of(run.manifest, config.data, partitions, config.partitions)
         reader = BatchReader(
             store,
             run.manifest,
@@ -103,13 +104,15 @@ def train_expert(request: Request) -> int:
             pin_memory=device.type == "cuda",
             on_corrupt=lambda path, why: run.log.write("corrupt", path=path, why=why),
         )
-        order = make_order(run, pools)
+        order = make_order(run, pools, partitions)
         steps_before = run.first_step - run.manifest_use.from_step
-        mine = own_micro_batches(processes.index, share, config.accumulation)
+        mine = own_micro_batches(own, config.accumulation)
         batches = prefetch(lambda index: reader.read(order[mine(index)]), steps_before * share)
         trackers = config.log.trackers if processes.is_first else ()
         curves = Curves(run.folder, run.first_step, trackers, config.log.project, config.model_dump(mode="json"))
         seen = describe_view(run.manifest, pools)
+        if config.partitions > 1:
+            seen += f", {partitions_text(partitions, config.partitions)}"
         say(f"{config.name}: timesteps {describe_timesteps(config)}, {seen}, {device}, {config.precision}")
         if partner is not None:
             run.log.write("partner", step=run.first_step, **partner.fields())
@@ -129,8 +132,8 @@ def train_expert(request: Request) -> int:
             for step in range(run.first_step, config.steps):
                 optimizer.scale_rates(rate_share(step, config.steps, config.optimizer.rate))
                 t = loss.timesteps(step, config.batch * config.accumulation, device).view(-1, config.batch)
-                step_loss = torch.zeros((), device=device)
-                for micro, t_micro in enumerate(t[processes.index * share :][:share]):
+                step_loss, epoch = torch.zeros((), device=device), 0.0
+                for micro, t_micro in enumerate(t[place] for place in own):
                     batch = meter.wait(batches).to(device)
                     seed_layers(config.seed, batch.places[0])
                     with processes.averaging(trained, now=micro == share - 1):
@@ -139,6 +142,7 @@ def train_expert(request: Request) -> int:
                         torch.autograd.backward(micro_loss)
                     bins.add(t_micro, losses)
                     step_loss += micro_loss.detach()
+                    epoch = max(epoch, batch.places[-1][0])
 
                 # A step whose gradients are not finite is skipped and counted on the device; nobody waits for it here.
                 norm = optimizer.clip(config.optimizer.clip_norm)
@@ -154,16 +158,15 @@ def train_expert(request: Request) -> int:
                 done = step + 1
                 is_last = done == config.steps
                 # Read once: a request that comes while saving is answered after the next step.
-                is_asked = processes.any(stop.asked())
+                asked, epoch = processes.most(stop.asked(), epoch)
+                is_asked = bool(asked)
                 if done % config.log.every == 0 or is_last:
                     values = meter.read(processes.mean) | {
                         "learning_rate": optimizer.learning_rate,
                         "skipped": int(skipped),
                     }
                     by_t = bins.read(processes.total(bins.take()))
-                    run.log.write(
-                        "step", step=done, epoch=batch.places[-1][0], **values, bins=[one.as_list() for one in by_t]
-                    )
+                    run.log.write("step", step=done, epoch=int(epoch), **values, bins=[one.as_list() for one in by_t])
                     curves.log(values | {f"loss/{one.name}": one.loss for one in by_t}, done)
                     if partner is not None and not is_last and (took_s := partner.renew(processes)):
                         run.log.write("partner", step=done, **partner.fields())
@@ -182,7 +185,7 @@ def train_expert(request: Request) -> int:
                 if is_saving:
                     state = TrainingState(
                         step=done,
-                        epoch=batch.places[-1][0],
+                        epoch=int(epoch),
                         ema_updates=ema.updates if ema else 0,
                         skipped=int(skipped),
                         threads=torch.get_num_threads(),

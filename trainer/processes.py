@@ -45,15 +45,6 @@ class Processes:
         """Whether this process writes and speaks."""
         return self.index == 0
 
-    def share(self, accumulation: int) -> int:
-        """How many micro-batches of each optimizer step are its own; raises ConfigError where they cannot be shared."""
-        if accumulation % self.count:
-            raise ConfigError(
-                f"accumulation {accumulation} is not a multiple of {self.count} processes: it counts the micro-batches "
-                "of an optimizer step over all processes, and each takes equally many"
-            )
-        return accumulation // self.count
-
     def wrap(self, unet: nn.Module) -> nn.Module:
         """What to call in place of `unet`, so that its gradients become the mean over all processes."""
         if self.count == 1:
@@ -79,11 +70,16 @@ class Processes:
 
     def any(self, flag: bool) -> bool:
         """Whether any process says so; all of them learn it."""
+        return bool(self.most(float(flag))[0])
+
+    def most(self, *values: float) -> list[float]:
+        """The largest of each value over all processes, by a message between hosts, which no device waits for."""
         if self.count == 1:
-            return flag
-        said = self._noted(torch.tensor([float(flag)]))
+            return list(values)
+        said = self._noted(torch.tensor(values, dtype=torch.float64))
         distributed.all_reduce(said, op=distributed.ReduceOp.MAX, group=self.group)
-        return bool(said.item())
+        most: list[float] = said.tolist()
+        return most
 
     def tell(self, message: dict[str, Any] | None = None) -> dict[str, Any]:
         """What the first process says to all, as JSON; the others leave `message` out."""

@@ -28,14 +28,15 @@ from trainer.loop import predict_in_precision
 from trainer.loss import DenoisingLoss
 from trainer.memory import count_memory, pass_on_meta, state_bytes
 from trainer.optim import Optimizer
+from trainer.partitions import PartitionedOrder, partitions_held
 from trainer.partner import partner_bytes, stand_by
 from trainer.rotation import WITH_OPTIMIZER
 from trainer.run import Prospect, Request, look_at_run
-from trainer.sampler import Order, Pool
+from trainer.sampler import Pool
 from trainer.start import start_advice
 from trainer.trained import frozen_dtype, load_trained
 from trainer.unet import ConditionedUnet
-from trainer.view import view_of
+from trainer.view import row_count, view_of
 
 WARM_UP, TIMED = 1, 3  # optimizer steps
 
@@ -99,8 +100,9 @@ def rehearse(request: Request, *, with_timing: bool = True) -> Rehearsal:
     """
     config, device = request.config, choose_device(request.device)
     found = look_at_run(request)
-    pools = view_of(found.manifest, config.data)
-    order = Order(pools, config.batch, config.seed)
+    held = partitions_held(found.manifest, config.partitions)
+    pools = view_of(found.manifest, config.data, held, config.partitions)
+    order = _order(config, held, pools)
     done = found.checkpoint.state.step if found.checkpoint else 0
     unet = load_trained(config, found.start, found.checkpoint, torch.device("cpu"))
     parameters = list(unet.parameters())
@@ -111,21 +113,21 @@ def rehearse(request: Request, *, with_timing: bool = True) -> Rehearsal:
     averaged = (average if config.adapter else max(average, whole)) if average else 0
     keeps = config.checkpoint.keep + config.checkpoint.keep_best
     of_partner = partner_bytes(found.partner, request.model, frozen_dtype(config)) if found.partner else 0
-    per_epoch = order.epoch_start(8) / 8 / config.accumulation
+    per_epoch = order.per_epoch(8) / config.accumulation
     return Rehearsal(
         name=config.name,
         timesteps=describe_timesteps(config),
         goes_on_after=done,
         steps=config.steps,
-        samples=len({int(row) for pool in pools for row in pool.rows}),
-        samples_in_manifest=sum(len(bucket.rows) for bucket in found.manifest.buckets("train")),
+        samples=sum(map(row_count, pools)),
+        samples_in_manifest=sum(map(len, found.manifest.buckets("train"))),
         buckets=_count(pools),
         steps_per_epoch=per_epoch,
         epochs=config.steps / per_epoch,
         parameters=sum(p.numel() for p in parameters),
         parameters_trained=sum(p.numel() for p in trained),
         device=str(device),
-        step_s=_time(request, found, pools, device) if with_timing else None,
+        step_s=_time(request, found, held, pools, device) if with_timing else None,
         memory_bytes=_memory(config, found, pools, unet) + of_partner,
         partner_bytes=of_partner,
         checkpoint_bytes=whole + averaged + state,
@@ -147,7 +149,7 @@ def require_room(report: Rehearsal, output: Path) -> None:
 def _count(pools: list[Pool]) -> dict[str, int]:
     counts: Counter[str] = Counter()
     for pool in pools:
-        counts[f"{pool.hw[1]} x {pool.hw[0]}"] += len(set(pool.rows.tolist()))
+        counts[f"{pool.hw[1]} x {pool.hw[0]}"] += row_count(pool)
     return dict(counts)
 
 
@@ -164,7 +166,11 @@ def _memory(config: ExpertConfig, found: Prospect, pools: list[Pool], unet: Any)
     return count_memory(meta, config, pass_on_meta(meta, config, found.manifest.settings, largest)).total
 
 
-def _time(request: Request, found: Prospect, pools: list[Pool], device: torch.device) -> float:
+def _order(config: ExpertConfig, held: list[int], pools: list[Pool]) -> PartitionedOrder:
+    return PartitionedOrder(pools, config.batch, config.seed, partitions=held, count=config.partitions)
+
+
+def _time(request: Request, found: Prospect, held: list[int], pools: list[Pool], device: torch.device) -> float:
     """Seconds of an optimizer step, of a few that are really taken on the first micro-batches, in memory alone.
 
     The UNet is one of its own: an optimizer may leave hooks on it, which counting memory must not meet.
@@ -175,7 +181,7 @@ def _time(request: Request, found: Prospect, pools: list[Pool], device: torch.de
     predict = partial(predict_in_precision, model, config, device)
     trained = [parameter for parameter in unet.parameters() if parameter.requires_grad]
     optimizer = Optimizer(trained, config.optimizer, is_lean=config.precision == "bf16-lean")
-    order = Order(pools, config.batch, config.seed)
+    order = _order(config, held, pools)
     schedule = found.card.contract.schedule(device)
     partner = stand_by(found.partner, request, settings.text_widths[1], device)
     with StoreReader(request.store) as store:
@@ -198,7 +204,12 @@ def _time(request: Request, found: Prospect, pools: list[Pool], device: torch.de
             pin_memory=device.type == "cuda",
             on_corrupt=lambda path, why: say(f"corrupt: {path}: {why}"),
         )
-        batches = (reader.read(order[index]) for index in range((WARM_UP + TIMED) * config.accumulation))
+        steps, partitions = (WARM_UP + TIMED) * config.accumulation, config.partitions
+        # Those of partitions that are elsewhere are stood in for.
+        turns = (
+            index if index % partitions in held else index - index % partitions + held[0] for index in range(steps)
+        )
+        batches = (reader.read(order[index]) for index in turns)
         began_s = time.perf_counter()
         for step in range(WARM_UP + TIMED):
             if step == WARM_UP:

@@ -26,9 +26,10 @@ from shared.progress import say
 from shared.runlog import RunLog
 from trainer.checkpoint import Checkpoint, open_checkpoint, resumable_checkpoint, set_aside_newer
 from trainer.config import MAY_CHANGE, ExpertConfig, resolve_null_prompt
+from trainer.partitions import PartitionedOrder, own_places, partitions_held, partitions_read, require_partitions
 from trainer.partner import check_partner, exposure_facts, find_partner
 from trainer.processes import Processes
-from trainer.sampler import Order, Pool
+from trainer.sampler import Pool
 from trainer.start import Start, check_start, choose_start, same_start
 from trainer.trained import check_names
 from trainer.unet import choose_layout, read_unet_config, unet_digest
@@ -80,22 +81,25 @@ class Run:
             self.lease.release()
 
 
-def open_run(request: Request) -> Run:
+def open_run(request: Request, partitions: Sequence[int] | None = None) -> Run:
     """Begin the run that `request` asks for, or go on with the one in its output folder.
+
+    `partitions` are those that this process reads and the store must have; None: all.
 
     Raises ConfigError where the folder is another run's, ManifestMismatch, ContractError or CheckpointError where what
     the run began with is no longer there, StoreLocked while another process trains it.
     """
     folder = request.output
+    wanted = range(request.config.partitions) if partitions is None else partitions
     is_new = not (folder / "expert.json").exists()
     if is_new:
-        new = _prospect_of_new(request)
+        new = _prospect_of_new(request, wanted)
         folder.mkdir(parents=True, exist_ok=True)
     lease = Lease(folder / "run.lock", f"run {folder} is being trained", "one process trains a run")
     try:
         if is_new and not (folder / "expert.json").exists():  # another process may have begun it in the meantime
             return _begin(request, new, lease)
-        return _go_on(request, lease)
+        return _go_on(request, lease, wanted)
     except BaseException:
         lease.release()
         raise
@@ -113,7 +117,10 @@ class Prospect:
 
 
 def look_at_run(request: Request) -> Prospect:
-    """The run that the same request would begin or go on with; raises what open_run would, but for a lease."""
+    """The run that the same request would begin or go on with; raises what open_run would, but for a lease.
+
+    Of a store that has some of the run's partitions, these will do.
+    """
     folder = request.output
     if not (folder / "expert.json").exists():
         return _prospect_of_new(request)
@@ -129,10 +136,10 @@ def look_at_run(request: Request) -> Prospect:
     return Prospect(card, manifest, checkpoint, start, _partner(request, card, checkpoint))
 
 
-def _prospect_of_new(request: Request) -> Prospect:
+def _prospect_of_new(request: Request, partitions: Sequence[int] | None = None) -> Prospect:
     if request.output.exists() and _is_foreign(request.output):
         raise ConfigError(f"{request.output} is not empty and no run: name a new folder with --output")
-    manifest = _open_whole(request.store, request.move_to_manifest or request.manifest)
+    manifest = _open(request, request.move_to_manifest or request.manifest, None, partitions)
     start = choose_start(request.config, request.model, request.start)
     check_names(request.config, start)
     card = _new_card(request, manifest, start)
@@ -163,12 +170,14 @@ def open_run_together(request: Request, processes: Processes) -> Run:
 
     Raises what open_run raises, in the first; the others then end with Stopped.
     """
+    accumulation, count = request.config.accumulation, request.config.partitions
+    partitions = partitions_read(own_places(processes.index, processes.count, accumulation, count), count)
     if processes.count == 1:
-        return open_run(request)
+        return open_run(request, partitions)
     if not processes.is_first:
-        return _join_run(request, processes.tell())
+        return _join_run(request, processes.tell(), partitions)
     try:
-        run = open_run(request)
+        run = open_run(request, partitions)
     except ExpertsError:
         processes.tell({})
         raise
@@ -179,12 +188,12 @@ def open_run_together(request: Request, processes: Processes) -> Run:
     return run
 
 
-def _join_run(request: Request, told: dict[str, Any]) -> Run:
+def _join_run(request: Request, told: dict[str, Any], partitions: Sequence[int]) -> Run:
     """The run that the first process has opened, without its lease and its log."""
     if not told:
         raise Stopped("the first process could not open the run")
     folder = request.output
-    manifest = _open_whole(request.store, told["manifest"], told["digest"])
+    manifest = _open(request, told["manifest"], told["digest"], partitions)
     path = told["checkpoint"] and folder / "checkpoints" / told["checkpoint"]
     checkpoint = open_checkpoint(path) if path else None
     card = _read_card(folder)
@@ -210,7 +219,7 @@ def _begin(request: Request, new: Prospect, lease: Lease) -> Run:
     return Run(request.output, request.config, new.card, new.manifest, None, new.start, log, lease, new.partner)
 
 
-def _go_on(request: Request, lease: Lease) -> Run:
+def _go_on(request: Request, lease: Lease, partitions: Sequence[int]) -> Run:
     folder = request.output
     old = load_config(ExpertConfig, [folder / "config.toml"])
     changes = _changes(old, request.config)
@@ -233,11 +242,11 @@ def _go_on(request: Request, lease: Lease) -> Run:
         card = _with_manifests(card, tuple(use for use in card.facts.manifests if use.from_step <= step))
         if request.move_to_manifest:
             before = card.facts.manifests[-1].digest
-            manifest, card = _move(request, card, checkpoint)
+            manifest, card = _move(request, card, checkpoint, partitions)
             if manifest.digest != before:
                 log.write("move", manifest=manifest.name, digest=manifest.digest, step=step)
         else:
-            manifest = _same_manifest(request, card)
+            manifest = _same_manifest(request, card, partitions)
         for key, (was, now) in changes.items():
             log.write("config", key=key, before=was, after=now)
         write_config(folder, request.config)
@@ -255,9 +264,12 @@ def _own_start(request: Request, card: ExpertCard, checkpoint: Checkpoint | None
     raise CheckpointError(f"{request.start} no longer holds {gone}, which {request.output} started from and stands on")
 
 
-def make_order(run: Run, pools: Sequence[Pool]) -> Order:
-    """The order of samples since the run's manifest began to be used."""
-    return Order(pools, run.config.batch, run.config.seed, run.manifest_use.from_epoch)
+def make_order(run: Run, pools: Sequence[Pool], partitions: Sequence[int] = (0,)) -> PartitionedOrder:
+    """The order of samples since the run's manifest began to be used, as far as `partitions` give it."""
+    config, first_epoch = run.config, run.manifest_use.from_epoch
+    return PartitionedOrder(
+        pools, config.batch, config.seed, first_epoch, partitions=partitions, count=config.partitions
+    )
 
 
 def write_config(folder: Path, config: ExpertConfig) -> None:
@@ -337,9 +349,9 @@ def _with(card: ExpertCard, **facts: Any) -> ExpertCard:
     return card.model_copy(update={"facts": card.facts.model_copy(update=facts)})
 
 
-def _same_manifest(request: Request, card: ExpertCard) -> Manifest:
+def _same_manifest(request: Request, card: ExpertCard, partitions: Sequence[int] | None = None) -> Manifest:
     use = card.facts.manifests[-1]
-    manifest = _open_whole(request.store, use.name, use.digest)
+    manifest = _open(request, use.name, use.digest, partitions)
     newest = current_digest(request.store, request.manifest)
     if newest not in (None, use.digest):
         begun = f"manifest {use.name} {use.digest[:16]}"
@@ -347,20 +359,18 @@ def _same_manifest(request: Request, card: ExpertCard) -> Manifest:
     return manifest
 
 
-def _open_whole(store: Path, name: str, digest: str | None = None) -> Manifest:
-    """A manifest whose records are all in the store; raises ConfigError where only a part of them was imported."""
-    manifest = open_manifest(store, name, digest)
-    if manifest.parts:
-        raise ConfigError(
-            f"{store} has only part {', '.join(map(str, manifest.parts))} of manifest {name!r}: import the rest "
-            "(cache-store import without --partition)"
-        )
+def _open(request: Request, name: str, digest: str | None, partitions: Sequence[int] | None) -> Manifest:
+    """A manifest of whose `partitions` the store has all records, or, of None, of some; raises ConfigError if not."""
+    manifest, count = open_manifest(request.store, name, digest, check_beside=True), request.config.partitions
+    require_partitions(manifest, partitions or partitions_held(manifest, count) or range(count), count)
     return manifest
 
 
-def _move(request: Request, card: ExpertCard, checkpoint: Checkpoint | None) -> tuple[Manifest, ExpertCard]:
+def _move(
+    request: Request, card: ExpertCard, checkpoint: Checkpoint | None, partitions: Sequence[int] | None = None
+) -> tuple[Manifest, ExpertCard]:
     assert request.move_to_manifest is not None
-    manifest = _open_whole(request.store, request.move_to_manifest)
+    manifest = _open(request, request.move_to_manifest, None, partitions)
     old = card.facts.manifests[-1]
     if manifest.digest == old.digest:
         return manifest, card

@@ -7,13 +7,15 @@ comes as often as its weight says. In each epoch the pieces that end in it are s
     before epoch e, an item of weight w has come  floor(w e + u)  times, u in [0, 1) its own   (whole weights: w e);
     a bucket has given N(e) items, the sum of those; epoch e has its pieces  floor(N(e) / b) ... floor(N(e + 1) / b) - 1
 
+Of an epoch one permutation of each bucket is held, 4 bytes an item, and of those before it what was left over.
+
 So of a weight's fraction nothing is left to chance but the epoch in which it counts: over any k epochs an item comes
 w k times, give or take less than one.
 """
 
 import bisect
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,8 +23,9 @@ import numpy as np
 
 from shared.errors import DataError
 from shared.seeding import make_permutation, make_uniform
+from trainer.packed_rows import PackedRows
 
-Indices = np.ndarray[Any, np.dtype[np.int64]]
+Indices = np.ndarray[Any, np.dtype[Any]]  # integers: of 4 bytes where that is enough, or ten million are 80 MB
 Weights = np.ndarray[Any, np.dtype[np.float64]]
 
 
@@ -31,9 +34,10 @@ class Pool:
     """What is drawn from in one bucket: an item is a row, or a row with one of its captions."""
 
     hw: tuple[int, int]  # pixels
-    rows: Indices  # [n] rows of the manifest
+    rows: Indices | PackedRows  # [n] rows of the manifest, ascending
     captions: Indices | None = None  # [n] which of its row's captions an item shows; None: drawn when it is read
     weights: Weights | None = None  # [n] times an epoch; None: once each
+    partition: int = 0  # of the run's partitions (trainer/partitions.py)
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,7 @@ class MicroBatch:
     epoch: int
     first_position: int  # of rows[0], counted in samples from the start of the epoch
     captions: tuple[int, ...] | None = None  # which caption of each row; None: drawn when it is read
+    partition: int = 0  # that the bucket is of
 
     def places(self) -> list[tuple[int, int]]:
         """(epoch, position) of each row."""
@@ -62,8 +67,9 @@ class Order:
         self._batch, self._seed, self._first_epoch = batch, seed, first_epoch
         # Caches of pure functions: epochs are gone through one after another.
         self._items_before = functools.lru_cache(maxsize=64 * len(self._pools))(self._count_items)
-        self._shuffled = functools.lru_cache(maxsize=2)(self._shuffle_pieces)
-        self._permuted = functools.lru_cache(maxsize=2 * len(self._pools))(self._permute_items)
+        self._shuffled = functools.lru_cache(maxsize=1)(self._shuffle_pieces)
+        self._permuted = functools.lru_cache(maxsize=len(self._pools))(self._permute_items)
+        self._left_over = functools.lru_cache(maxsize=64 * len(self._pools))(self._last_items)
 
     def epoch_start(self, epoch: int) -> int:
         """Number of micro-batches before `epoch` (counted from 0, whatever it is called)."""
@@ -84,7 +90,7 @@ class Order:
         pool, items = self._pools[number], self._items(number, epoch, piece)
         captions = None if pool.captions is None else tuple(pool.captions[items].tolist())
         rows = tuple(pool.rows[items].tolist())
-        return MicroBatch(pool.hw, rows, self._first_epoch + epoch, place * self._batch, captions)
+        return MicroBatch(pool.hw, rows, self._first_epoch + epoch, place * self._batch, captions, pool.partition)
 
     def _count_items(self, number: int, epoch: int) -> int:
         """Items that pool `number` has given before `epoch`."""
@@ -100,7 +106,7 @@ class Order:
     def _is_weighted(self, number: int) -> bool:
         return self._pools[number].weights is not None
 
-    def _rows(self, number: int) -> Indices:
+    def _rows(self, number: int) -> Indices | PackedRows:
         return self._pools[number].rows
 
     def _first_piece(self, number: int, epoch: int) -> int:
@@ -123,23 +129,25 @@ class Order:
     def _items(self, number: int, epoch: int, piece: int) -> Indices:
         """Items piece * b ... of the pool's stream; the last is of `epoch`, the first may be of one before it."""
         first, end = piece * self._batch, (piece + 1) * self._batch
-        parts: list[Indices] = []
-        while end > first:
+        starts = self._items_before(number, epoch)
+        parts: list[Indices] = [self._permuted(number, epoch)[max(first, starts) - starts : end - starts]]
+        while (end := min(end, starts)) > first:
+            epoch -= 1
             starts = self._items_before(number, epoch)
             if end > starts:
-                parts.insert(0, self._permuted(number, epoch)[max(first, starts) - starts : end - starts])
-            end, epoch = min(end, starts), epoch - 1
+                left_over = self._left_over(number, epoch)  # it ends where the epoch does
+                parts.insert(0, left_over[-(end - max(first, starts)) :])
         return np.concatenate(parts)
 
+    def _last_items(self, number: int, epoch: int) -> Indices:
+        """What a piece that ends in a later epoch may have of this one; a copy, so that the rest can go."""
+        return self._permute_items(number, epoch)[-self._batch :].copy()
+
     def _permute_items(self, number: int, epoch: int) -> Indices:
-        items = np.arange(len(self._rows(number)))
-        if self._is_weighted(number):
-            items = np.repeat(items, self._times(number, epoch + 1) - self._times(number, epoch))
         labels = ("rows", *self._pools[number].hw, self._first_epoch + epoch)
+        if not self._is_weighted(number):
+            return make_permutation(self._seed, *labels, length=len(self._rows(number)))
+        times = self._times(number, epoch + 1) - self._times(number, epoch)
+        items = np.repeat(np.arange(len(times)), times)
         permuted: Indices = items[make_permutation(self._seed, *labels, length=len(items))]
         return permuted
-
-
-def own_micro_batches(process: int, share: int, accumulation: int) -> Callable[[int], int]:
-    """Which micro-batch of the order is a process's own number n: of each `accumulation`, the `process`-th `share`."""
-    return lambda n: n // share * accumulation + process * share + n % share

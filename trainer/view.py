@@ -4,7 +4,7 @@ manifest + DataConfig -> pools -> trainer/sampler.py. Nothing is cached anew: tw
 """
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,45 +12,65 @@ import numpy as np
 from shared.errors import ConfigError
 from shared.manifest import Manifest
 from shared.manifest_rows import MetaValue
+from shared.parts import part_of
 from trainer.data_config import Between, DataConfig, MetaRule, Selection
+from trainer.packed_rows import PackedRows
 from trainer.sampler import Pool
 
 Mask = np.ndarray[Any, np.dtype[np.bool_]]
+Numbers = np.ndarray[Any, np.dtype[Any]]
 
 
-def view_of(manifest: Manifest, config: DataConfig) -> list[Pool]:
-    """The pools that an expert trains on, smallest bucket first.
+def view_of(manifest: Manifest, config: DataConfig, partitions: Sequence[int] = (0,), count: int = 1) -> list[Pool]:
+    """The pools that an expert trains on, smallest bucket first; those in `partitions` of `count`.
 
     Raises ConfigError where a data set or column is not in the manifest, where a rule does not fit what a column holds,
     or where nothing is left.
     """
-    weights = _weights(manifest, config)
-    pools = [_pool(manifest, config, bucket.hw, bucket.rows, weights) for bucket in manifest.buckets("train")]
-    kept = [pool for pool in pools if len(pool.rows)]
-    if pools and not kept:
+    weights, buckets = _weights(manifest, config), manifest.buckets("train")
+    pools: list[Pool] = []
+    is_empty = True
+    for bucket in buckets:
+        rows = bucket.rows if weights is None else bucket.rows[weights[bucket.rows] > 0]
+        is_empty = is_empty and not len(rows)
+        numbers = None if count == 1 else part_of(manifest.sample_heads(rows), count)
+        for partition in partitions:
+            own = rows if numbers is None else rows[numbers == partition]
+            if len(own):
+                pools.append(_pool(manifest, config, bucket.hw, own, weights, partition))
+    if buckets and is_empty:
         raise ConfigError(f"data leaves none of {_train_count(manifest)} samples: {_passed(manifest, config)}")
-    return kept
+    return pools
 
 
 def describe_view(manifest: Manifest, pools: Iterable[Pool]) -> str:
     """How much of the manifest an expert sees, for people."""
-    seen, total = len(np.unique(np.concatenate([pool.rows for pool in pools]))), _train_count(manifest)
+    seen, total = sum(row_count(pool) for pool in pools), _train_count(manifest)
     return f"{total} samples" if seen == total else f"{seen} of {total} samples"
 
 
-def _pool(manifest: Manifest, config: DataConfig, hw: tuple[int, int], rows: Any, weights: Any) -> Pool:
-    rows = rows[weights[rows] > 0]
+def row_count(pool: Pool) -> int:
+    """Rows of a pool, each counted once however many of its captions are shown."""
+    return len(pool.rows) if isinstance(pool.rows, PackedRows) else int(np.count_nonzero(np.diff(pool.rows))) + 1
+
+
+def _pool(
+    manifest: Manifest, config: DataConfig, hw: tuple[int, int], rows: Numbers, weights: Numbers | None, partition: int
+) -> Pool:
     captions = None
     if config.captions == "all":
         counts = manifest.caption_counts()[rows]
         captions = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
         rows = np.repeat(rows, counts)
-    own = weights[rows]
-    return Pool(hw, rows, captions, None if (own == 1).all() else own)
+    own = None if weights is None else weights[rows]
+    packed = PackedRows(rows) if captions is None else rows
+    return Pool(hw, packed, captions, None if own is None or (own == 1).all() else own, partition)
 
 
-def _weights(manifest: Manifest, config: DataConfig) -> Any:
-    """How often each row comes in an epoch, float64 [rows]."""
+def _weights(manifest: Manifest, config: DataConfig) -> Numbers | None:
+    """How often each row comes in an epoch, float64 [rows]; None where each comes once."""
+    if config.keep == Selection() and not config.weights:
+        return None
     weights = select(manifest, config.keep, "data.keep").astype(np.float64)
     for number, rule in enumerate(config.weights):
         weights[select(manifest, rule.where, f"data.weights.{number}.where")] *= rule.weight
@@ -71,14 +91,13 @@ def _rules(manifest: Manifest, selection: Selection, where: str) -> Iterable[tup
         for name in selection.datasets:
             _known(name, manifest.settings.datasets, f"{where}.datasets: the manifest has no data set")
         yield "datasets", np.any([manifest.in_dataset(name) for name in selection.datasets], axis=0)
-    h, w = manifest.original_sizes().T
-    for name, rule, values in (
-        ("short_side_px", selection.short_side_px, np.minimum(h, w)),
-        ("area_px", selection.area_px, h * w),
-        ("aspect", selection.aspect, w / h),
+    for name, rule, of_size in (
+        ("short_side_px", selection.short_side_px, np.minimum),
+        ("area_px", selection.area_px, np.multiply),
+        ("aspect", selection.aspect, lambda h, w: w / h),
     ):
         if rule is not None:
-            yield name, _between(rule, values)
+            yield name, _between(rule, of_size(*manifest.original_sizes().T))
     for name, meta_rule in selection.meta.items():
         _known(name, manifest.settings.meta, f"{where}.meta: the manifest has no column")
         yield f"meta.{name}", _meta_passes(manifest, name, meta_rule, where)
@@ -124,7 +143,7 @@ def _known(name: str, names: Iterable[str], complaint: str) -> None:
 
 
 def _train_count(manifest: Manifest) -> int:
-    return sum(len(bucket.rows) for bucket in manifest.buckets("train"))
+    return sum(map(len, manifest.buckets("train")))
 
 
 def _passed(manifest: Manifest, config: DataConfig) -> str:

@@ -1,11 +1,10 @@
-"""Runs cache-build and cache-store in forks of a process that has imported the heavy libraries: no run costs a start.
+"""Runs cache-build and cache-store in forks of itself, which is one of service_server.py: no run costs a start.
 
 A line of JSON on stdin, one on stdout: {"command", "argv", "out", "err", "file_limit", "encoders"} -> pid;
 {"wait": pid} -> exit code.
 Nothing is computed here before a fork: threads of a library would not survive it.
 """
 
-import importlib
 import json
 import os
 import resource
@@ -14,27 +13,9 @@ import sys
 import traceback
 from typing import Any
 
-HEAVY = (
-    "cache_builder.build",
-    "cache_builder.cli",
-    "cache_builder.datasets",
-    "cache_builder.dry_run",
-    "cache_builder.patterns",
-    "cache_builder.show",
-    "cache_builder.store_cli",
-    "cache_builder.verify",
-    "diffusers.models.autoencoders.autoencoder_kl",
-    "shared.device",
-    "shared.model_folder",
-    "transformers.models.clip.modeling_clip",
-    "transformers.models.clip.tokenization_clip",
-    "typer.rich_utils",
-)
 
-
-def main() -> None:
-    for name in HEAVY:
-        importlib.import_module(name)
+def _main(folder: str) -> None:
+    os.chdir(folder)
     for line in sys.stdin:
         job = json.loads(line)
         answer = _exit_code(job["wait"]) if "wait" in job else _start(job)
@@ -83,7 +64,3 @@ def _become(job: dict[str, Any]) -> None:
     sys.argv = [job["command"].replace("_", "-"), *job["argv"]]
     if job["file_limit"]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (job["file_limit"], resource.RLIM_INFINITY))
-
-
-if __name__ == "__main__":
-    main()

@@ -66,18 +66,15 @@ class Running:
 
 
 class Commands:
-    """cache-build as users run it, in forks of command_server.py."""
+    """cache-build as users run it, in forks of command_server.py, which is a fork itself."""
 
-    def __init__(self, folder: Path) -> None:
-        script = Path(__file__).with_name("command_server.py")
-        root = Path(__file__).parents[2]
+    def __init__(self, folder: Path, server: "ForkServer") -> None:
+        server.wait()
         self._server = subprocess.Popen(
-            [sys.executable, str(script)],
+            server.command("tests.cache_builder.command_server", str(folder)),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            cwd=folder,
-            env=os.environ | {"PYTHONPATH": str(root)},
         )
         self._folder, self._count = folder, 0
         self.encoders: Sequence[str] = ()  # what encoder processes are started with, if not as users' are
@@ -130,17 +127,9 @@ def build_arguments(folder: Path, store: Path, model: Path, *more: str) -> list[
     return [*paths, "--device", "cpu", "--json", *sets, *more]
 
 
-@pytest.fixture(scope="session")
-def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
-    """Where cache-build is run."""
-    server = Commands(tmp_path_factory.mktemp("commands"))
-    yield server
-    server.close()
-
-
 @dataclass(frozen=True)
 class ForkServer:
-    """service_server.py: what it starts costs no imports."""
+    """service_server.py: what it starts costs no imports, for those are done once."""
 
     socket: str
     process: "subprocess.Popen[bytes]"
@@ -174,12 +163,20 @@ def fork_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServer
         process.wait()
 
 
+@pytest.fixture(scope="session")
+def commands(tmp_path_factory: pytest.TempPathFactory, fork_server: ForkServer) -> Iterator[Commands]:
+    """Where cache-build is run."""
+    server = Commands(tmp_path_factory.mktemp("commands"), fork_server)
+    yield server
+    server.close()
+
+
 @pytest.fixture
 def forked_encoders(fork_server: ForkServer, commands: Commands, monkeypatch: pytest.MonkeyPatch) -> None:
     """Encoder processes, here and in commands, are forks."""
     fork_server.wait()
-    monkeypatch.setattr("cache_builder.encoder_process.COMMAND", fork_server.command("encoder_process"))
-    monkeypatch.setattr(commands, "encoders", fork_server.command("encoder_process"))
+    monkeypatch.setattr("cache_builder.encoder_process.COMMAND", fork_server.command("cache_builder.encoder_process"))
+    monkeypatch.setattr(commands, "encoders", fork_server.command("cache_builder.encoder_process"))
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,7 @@
 
     python service_server.py SOCKET                  the server: a line of JSON each connection -> pid
     python service_server.py SOCKET MODULE WORDS     what a service is told to start builds with, or a build encoders:
-                                                     takes its pipes to the server, which runs cache_builder.MODULE
+                                                     takes its pipes to the server, which runs MODULE
 
 Nothing is computed here before a fork: threads of a library would not survive it.
 """
@@ -17,9 +17,16 @@ import sys
 
 HEAVY = (
     "cache_builder.build_job",
+    "cache_builder.cli",
+    "cache_builder.dry_run",
     "cache_builder.encoder_process",
+    "cache_builder.patterns",
     "cache_builder.serve",
+    "cache_builder.show",
+    "cache_builder.store_cli",
     "cache_builder.verify",
+    "shared.model_folder",
+    "tests.cache_builder.command_server",
     "typer.rich_utils",
 )
 
@@ -97,7 +104,8 @@ def _run(connection: socket.socket, descriptors: list[int], module: str, *words:
         for target, descriptor in enumerate(descriptors):
             os.dup2(descriptor, target)
             os.close(descriptor)
-        importlib.import_module(f"cache_builder.{module}")._main(*words)
+        importlib.import_module(module)._main(*words)
+        os._exit(0)
     for descriptor in descriptors:
         os.close(descriptor)
     try:

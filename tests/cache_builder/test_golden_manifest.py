@@ -14,8 +14,7 @@ from cache_builder.report import BuildReport
 from cache_builder.scan import Scanner
 from cache_builder.sealing import SampleRows
 from shared.config import load_config
-from shared.manifest import manifest_digest
-from shared.manifest_rows import ManifestSettings
+from shared.manifest_rows import ManifestSettings, manifest_digest
 from shared.store import StoreWriter
 
 SETTINGS = ManifestSettings(

@@ -93,7 +93,7 @@ class Services:
     def __init__(self, server: Any) -> None:
         self._server = server
         self._started: list[Service] = []
-        self.build_command = server.command("build_job")
+        self.build_command = server.command("cache_builder.build_job")
 
     def start(self, folder: Path, *sets: str, **options: Any) -> Service:
         """cache-serve --config FOLDER/serve.toml, told `sets`, with ServeOptions(`options`)."""

@@ -5,6 +5,8 @@ import json
 import os
 import random
 import signal
+import tempfile
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -12,6 +14,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -19,9 +22,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import shared.manifest
-from shared.errors import ConfigError, ManifestMismatch
-from shared.manifest import Manifest, list_manifests, manifest_digest, open_manifest, seal_manifest
-from shared.manifest_rows import ManifestRow, ManifestSettings, Variant
+import shared.manifest_check
+import shared.manifest_columns
+from shared.errors import ConfigError, DataError, ManifestMismatch
+from shared.manifest import Manifest, list_manifests, open_manifest, seal_manifest
+from shared.manifest_rows import ManifestRow, ManifestSettings, Variant, manifest_digest
 from tests.stores import key, settings
 
 SETTINGS = settings(("cats", "dogs"), build={"resolution": 1024, "split": {"salt": "s", "fraction": 0.02}}, prompts={})
@@ -413,3 +418,62 @@ def test_a_failure_at_any_step_leaves_the_old_one_current(
     assert open_manifest(tmp_path, "train").digest == old.digest
     monkeypatch.undo()
     assert len(seal(tmp_path)) == len(ROWS)
+
+
+def test_what_is_verified_beside_is_never_trusted_before(tmp_path: Path) -> None:
+    sealed = seal(tmp_path)
+    data = sealed.path.read_bytes()
+    rng = random.Random(7)
+    for at in [*rng.sample(range(len(data)), 150), len(data) - 1]:
+        damaged = bytearray(data)
+        damaged[at] ^= 1 << rng.randrange(8)
+        sealed.path.write_bytes(damaged)
+        with pytest.raises(ManifestMismatch, match="damaged"):
+            read_beside(tmp_path)
+    sealed.path.write_bytes(data[:-100])
+    with pytest.raises(ManifestMismatch, match="damaged"):
+        read_beside(tmp_path)
+    sealed.path.write_bytes(data)
+    assert read_beside(tmp_path) == sum(map(len, sealed.buckets()))
+
+
+def read_beside(store: Path) -> int:
+    """As a trainer does: buckets first, a row after."""
+    manifest = open_manifest(store, "train", check_beside=True)
+    rows = np.concatenate([bucket.rows for bucket in manifest.buckets()])
+    manifest.rows(rows[:1])
+    return len(rows)
+
+
+def test_a_check_that_goes_on_does_not_keep_who_opens_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seal(tmp_path)
+    may_end = threading.Event()
+    monkeypatch.setattr(shared.manifest_check, "_is_sound", lambda *_: may_end.wait(20))
+    manifest = open_manifest(tmp_path, "train", check_beside=True)
+    assert sum(map(len, manifest.buckets())) + sum(map(len, manifest.buckets("eval"))) == len(ROWS)
+    threading.Timer(0.3, may_end.set).start()
+    began_s = time.monotonic()
+    assert manifest.rows([0]) == [ORDERED[0]]
+    assert time.monotonic() - began_s > 0.2
+
+
+@hypothesis.settings(max_examples=20)
+@given(st.lists(st.tuples(st.sampled_from(BUCKETS), st.sampled_from(["train", "eval"])), max_size=30))
+def test_buckets_hold_the_rows_of_their_split_wherever_they_lie(kinds: list[tuple[Any, Any]]) -> None:
+    rows = [replace(ROWS[i], bucket_hw=hw, split=split) for i, (hw, split) in enumerate(kinds)]
+    with tempfile.TemporaryDirectory() as folder:
+        manifest = seal(Path(folder), rows=AsTheyCome(rows), in_order=True)  # type: ignore[arg-type]
+        for split in ("train", "eval"):
+            expected = {hw: [i for i, kind in enumerate(kinds) if kind == (hw, split)] for hw in BUCKETS}
+            found = {bucket.hw: bucket.rows.tolist() for bucket in manifest.buckets(split)}  # type: ignore[arg-type]
+            assert found == {hw: of for hw, of in sorted(expected.items()) if of}
+            assert [len(bucket) for bucket in manifest.buckets(split)] == [*map(len, found.values())]  # type: ignore[arg-type]
+
+
+@pytest.mark.slow
+def test_more_text_than_a_column_can_have_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared.manifest_columns, "ROWS_AT_ONCE", 8)
+    rows = AsTheyCome([replace(ROWS[0], path="x" * (1 << 26))] * 33)
+    with pytest.raises(DataError, match=r"more than 2 GiB of text \(paths are one\).*--manifest"):
+        seal(tmp_path, rows=rows, in_order=True)  # type: ignore[arg-type]
+    assert list_manifests(tmp_path) == []

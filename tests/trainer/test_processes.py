@@ -3,64 +3,26 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from shared.errors import ConfigError
+from tests.trainer.together import SETS, Events, Start, assert_same_run, free_port, start_together
 from trainer.checkpoint import newest_checkpoint
 from trainer.loop import train_expert
 from trainer.processes import Processes, joined
-from trainer.sampler import own_micro_batches
-
-Start = Callable[..., Any]
-Events = Callable[..., list[dict[str, Any]]]
-SETS = ("batch=2", "accumulation=4", "loss.caption_dropout=0.3", "log.every=1", "checkpoint.every=3", "eval.share=1")
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def start_two(start: Start, arguments: list[str], port: int | None = None) -> list[Any]:
-    """What a launcher does: the same command twice, each told its place."""
-    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port or free_port())}
-    common |= {"OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": "2"}
-    return [
-        start("train-expert", arguments, f"process{rank}.txt", {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)})
-        for rank in range(2)
-    ]
-
-
-def weights(run: Path, folder: str) -> dict[str, torch.Tensor]:
-    checkpoint = newest_checkpoint(run, print)
-    assert checkpoint is not None
-    return load_file(checkpoint.path / folder / "diffusion_pytorch_model.safetensors")
-
-
-def assert_same_run(run: Path, whole: Path, events: Events) -> None:
-    for kind in ("step", "eval"):  # evaluation comes with checkpoints too, so at other steps in broken runs
-        mine, theirs = ({event["step"]: event for event in events(folder, kind)} for folder in (run, whole))
-        assert set(mine) >= set(theirs)
-        for step, event in theirs.items():
-            assert mine[step]["loss"] == pytest.approx(event["loss"], rel=1e-4)
-            assert [part[3] for part in mine[step]["bins"]] == [part[3] for part in event["bins"]]  # samples in each
-    assert [event["epoch"] for event in events(run, "step")] == [event["epoch"] for event in events(whole, "step")]
-    for folder in ("unet", "ema"):
-        for name, tensor in weights(whole, folder).items():
-            assert torch.allclose(weights(run, folder)[name], tensor, rtol=1e-3, atol=1e-5), name
+def start_two(start: Start, arguments: list[str]) -> list[Any]:
+    return start_together(start, [arguments, arguments])
 
 
 @pytest.fixture(scope="module")
@@ -163,15 +125,6 @@ def test_micro_batches_that_cannot_be_shared_are_refused(world: Any, start: Star
     commands = start_two(start, world.arguments(tmp_path / "run", "accumulation=3", "steps=5"))
     assert [command.wait() for command in commands] == [64, 64]
     assert "accumulation 3 is not a multiple of 2 processes" in commands[0].errors()[-1]
-
-
-def test_each_takes_its_share_and_none_is_taken_twice() -> None:
-    for count, accumulation in ((1, 3), (2, 4), (4, 4), (3, 6)):
-        share = Processes(0, count, torch.device("cpu")).share(accumulation)
-        own = [own_micro_batches(process, share, accumulation) for process in range(count)]
-        for step in range(3):
-            taken = [mine(n) for mine in own for n in range(step * share, (step + 1) * share)]
-            assert taken == list(range(step * accumulation, (step + 1) * accumulation))
 
 
 def test_one_process_sends_no_message() -> None:

@@ -70,7 +70,7 @@ def seen(manifest: Manifest, *sets: str) -> dict[int, float]:
     found: Counter[int] = Counter()
     for pool in view_of(manifest, config(*sets)):
         weights = np.ones(len(pool.rows)) if pool.weights is None else pool.weights
-        for one, weight in zip(manifest.rows(pool.rows), weights, strict=True):
+        for one, weight in zip(manifest.rows(list(pool.rows)), weights, strict=True):
             assert one.bucket_hw == pool.hw
             found[int(one.path.removesuffix(".png"))] += weight
     return dict(found)
