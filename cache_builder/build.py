@@ -6,9 +6,11 @@ build of the same pictures finds every key there, loads no weights and seals the
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from cache_builder.config import BuildConfig
 from cache_builder.encode import SampleEncoder
@@ -30,6 +32,10 @@ from shared.text_encoders import TextFacts, read_text_facts
 from shared.vae import EncodeDtype, VaeFacts, choose_encode_dtype, read_vae_facts
 from shared.weights import find_weights, read_json_object
 
+if TYPE_CHECKING:
+    from cache_builder.ray_runner import RayCluster
+    from cache_builder.transfer.shard_output import ShardOutput
+
 
 @dataclass(frozen=True)
 class BuildOptions:
@@ -45,6 +51,12 @@ class BuildOptions:
     """Further texts to embed as they are, each once; the manifest lists their keys."""
     rehash: bool = False
     """Whether files are read that have not changed since the last build, by their size, times and inode."""
+    runner: Literal["local", "ray"] = "local"
+    """Where pictures and captions are encoded: on `device`, or by the workers of a Ray cluster."""
+    ray_address: str | None = None
+    """Of a running cluster, as ray.init takes it; None starts one on this machine."""
+    shards_to: str | None = None
+    """Folder or bucket into which workers write records, as an export; the store keeps what a scan needs."""
 
 
 def build(
@@ -68,16 +80,21 @@ def build(
     index = read_json_object(model / "model_index.json")
     datasets = tuple(sorted({source.dataset_id for source in sources}))
     check_data_sets(options.store, options.manifest, datasets, replace=options.replace)
-    with StoreWriter(options.store, wait=options.wait) as store:
+    with _cluster(options, config) as cluster, StoreWriter(options.store, wait=options.wait) as store:
         vae, text = read_vae_facts(model), read_text_facts(model)
-        dtype = encode_dtype(config, vae, options.device)
+        if cluster is None:
+            dtype = encode_dtype(config, vae, options.device)
+        else:
+            dtype = choose_encode_dtype(config.encode.dtype, vae, cluster.device)
         scanner = Scanner(config, vae.digest, dtype, text.digests, report, rehash=options.rehash)
         scanner = replace(scanner, memory=options.store, scratch=options.store)
         samples = scanner.scan(sources, store)
         meta = meta_types(samples)
+        shards = _shards(options)
         encoder = SampleEncoder(model, options.device, dtype, config.encode.latents, config.text.chunks)
-        with open_runner(encoder) as runner:
-            filler = Filler(store, config, report, runner, PreviewKeeper(options.store, vae.digest))
+        with cluster.runner(encoder, vae.digest, text.digests, shards) if cluster else open_runner(encoder) as runner:
+            preview, elsewhere = PreviewKeeper(options.store, vae.digest), shards.keys if shards else None
+            filler = Filler(store, config, report, runner, preview, elsewhere)
             filler.encode_captions(samples, text, options.prompts)
             usable = filler.encode_pictures(samples, vae)
         report.quarantined.sort()
@@ -86,18 +103,35 @@ def build(
         report.held_out = int(split.sum())
         settings = _settings(config, vae, text, dtype, datasets, index, meta, options.prompts)
         rows = SampleRows(usable, split, meta)
-        report.digest = seal_manifest(
-            options.store,
-            options.manifest,
-            settings,
-            rows,
+        seal = partial(
+            seal_manifest,
+            name=options.manifest,
+            settings=settings,
+            rows=rows,
             in_order=True,
             replace=options.replace,
             allow_shrink=options.allow_shrink,
-        ).digest
+        )
+        report.digest = shards.finish(options.store, options.manifest, seal) if shards else seal(options.store).digest
     report.check()
     report.seconds = time.monotonic() - started_s
     return report
+
+
+def _cluster(options: BuildOptions, config: BuildConfig) -> "AbstractContextManager[RayCluster | None]":
+    if options.runner == "local":
+        return nullcontext()
+    from cache_builder.ray_runner import open_ray
+
+    return open_ray(options.ray_address, options.device, config.ray)
+
+
+def _shards(options: BuildOptions) -> "ShardOutput | None":
+    if options.shards_to is None:
+        return None
+    from cache_builder.transfer.shard_output import ShardOutput
+
+    return ShardOutput(options.shards_to)
 
 
 def encode_dtype(config: BuildConfig, vae: VaeFacts, device: str) -> EncodeDtype:
@@ -131,7 +165,7 @@ def _settings(
     meta: dict[str, MetaType],
     prompts: Sequence[str],
 ) -> ManifestSettings:
-    declared = config.model_dump(mode="json", exclude={"encode", "max_quarantined", "datasets"})
+    declared = config.model_dump(mode="json", exclude={"encode", "max_quarantined", "datasets", "ray"})
     declared["datasets"] = {dataset.id: _rules(config.for_dataset(dataset.id)) for dataset in config.datasets}
     declared["encode"] = {"dtype": dtype, "latents": config.encode.latents}
     return ManifestSettings(

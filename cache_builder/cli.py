@@ -39,6 +39,16 @@ DryRun = Annotated[
 ]
 NoTiming = Annotated[bool, typer.Option("--no-timing", help="With --dry-run: load no weights, time nothing.")]
 Decode = Annotated[bool, typer.Option("--decode", help="With --dry-run: decode every picture, to find damaged ones.")]
+Runner = Annotated[str, typer.Option(help="Where to encode: local, or ray (the workers of a Ray cluster).")]
+RayAddress = Annotated[
+    str | None,
+    typer.Option(help="With --runner ray: HOST:PORT of a running cluster, or auto; else one is started here."),
+]
+
+Output = Annotated[str, typer.Option(help="What --runner ray writes: the store, or shards (Parquet, at --to).")]
+To = Annotated[
+    str | None, typer.Option("--to", help="With --output shards: a folder or s3://..., for cache-store import.")
+]
 
 
 def _cache_build(
@@ -61,6 +71,10 @@ def _cache_build(
     no_timing: NoTiming = False,
     decode: Decode = False,
     model_config: ModelConfig = None,
+    runner: Runner = "local",
+    ray_address: RayAddress = None,
+    output: Output = "store",
+    to: To = None,
 ) -> None:
     """Encode captioned pictures, FOLDER or the data sets of --config, into a store, once; reuse what is stored."""
     from cache_builder.build import BuildOptions, build
@@ -74,6 +88,18 @@ def _cache_build(
 
     if (no_timing or decode) and not dry_run:
         raise ConfigError("--no-timing and --decode are for --dry-run")
+    if runner not in ("local", "ray"):
+        raise ConfigError(f"--runner {runner}: it is local or ray")
+    if ray_address is not None and runner != "ray":
+        raise ConfigError("--ray-address is for --runner ray")
+    if output not in ("store", "shards") or (output == "shards") != (to is not None):
+        raise ConfigError(f"--output {output}: it is store, or shards with --to FOLDER or --to s3://BUCKET/PREFIX")
+    if to is not None and runner != "ray":
+        raise ConfigError(
+            "--output shards is for --runner ray; on one machine build the store, and cache-store export STORE --to URL"
+        )
+    if dry_run and runner == "ray":
+        raise ConfigError("--dry-run tries and times the encoder of this machine: leave --runner ray out")
     short = [] if resolution is None else [f"images.resolution={resolution}"]
     settings = load_config(BuildConfig, config or [], [*short, *(sets or [])])
     texts = tuple(dict.fromkeys(read_prompts_file(prompts))) if prompts else ()
@@ -82,7 +108,18 @@ def _cache_build(
     sources = open_sources(settings.datasets)
     needed = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
     model_folder = resolve_model(model, needed, model_config)
-    options = BuildOptions(store, manifest, device, wait, replace, allow_shrink, texts, rehash)
+    options = BuildOptions(
+        store,
+        manifest,
+        device,
+        wait,
+        replace,
+        allow_shrink,
+        texts,
+        rehash,
+        "ray" if runner == "ray" else "local",
+        ray_address,
+    )
     if dry_run:
         from cache_builder import dry_run as rehearsed
 

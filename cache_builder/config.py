@@ -92,6 +92,17 @@ class EncodeRules(Config):
     """Threads that decode pictures; by default one for each core this process may use, two to eight."""
 
 
+class RayRules(Config):
+    """How a build is spread over a Ray cluster (--runner ray); no record depends on it."""
+
+    workers: int | None = Field(None, ge=1)
+    """Encoders; by default one for each GPU of the cluster, or for each `cpus` CPUs where it has none."""
+    cpus: int = Field(1, ge=1)
+    """CPUs that each encoder takes; it decodes in as many threads."""
+    chunk: int = Field(32, ge=1)
+    """Pictures that are sent at once; what dies with a worker is done again, at most twice as many."""
+
+
 class SplitRules(Config):
     """Which samples are held out of training; raising the fraction keeps what was held out."""
 
@@ -140,6 +151,7 @@ class BuildConfig(Config):
     source: SourceRules = SourceRules()
     text: TextRules = TextRules()
     encode: EncodeRules = EncodeRules()
+    ray: RayRules = RayRules()
     split: SplitRules = SplitRules()
     max_quarantined: float = Field(0.1, ge=0, le=1)
     """Share of the pictures that may be unreadable; above it nothing is sealed and the build fails."""

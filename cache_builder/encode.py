@@ -10,6 +10,7 @@ import numpy as np
 from cache_builder.buckets import Size
 from cache_builder.halving import Halving
 from cache_builder.keys import text_facts_key
+from cache_builder.split import THUMBNAIL_HWC, Thumbnail
 from shared.progress import say
 from shared.record import encode_record
 from shared.vae import EncodeDtype, Vae
@@ -42,6 +43,12 @@ class Captions:
 
 Job = Sequence[Crop] | Captions
 Records = list[Framed | None]  # of a job: one for each crop, two for each caption
+
+
+def facts_record(key: bytes, original_hw: Size, thumbnail: Thumbnail) -> Framed:
+    """What is known of a picture once it has been decoded."""
+    pixels = np.frombuffer(thumbnail, np.uint8).reshape(THUMBNAIL_HWC)
+    return key, encode_record(key, "picture facts", {"thumbnail": pixels}, {"original_hw": list(original_hw)})
 
 
 class SampleEncoder:

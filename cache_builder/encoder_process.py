@@ -154,7 +154,7 @@ def serve(jobs: IO[bytes], answers: IO[bytes], encoder: SampleEncoder) -> None:
         try:
             records = encoder.encode(_job(header, blobs))
         except ExpertsError as error:
-            write_message(answers, {"error": _known_class(error), "message": str(error)}, [])
+            write_message(answers, {"error": known_class(error), "message": str(error)}, [])
         else:
             keys = [None if record is None else record[0] for record in records]
             write_message(answers, {"keys": keys}, [record[1] for record in records if record is not None])
@@ -188,7 +188,8 @@ def _read(pipe: IO[bytes], size: int) -> bytearray:
     return data
 
 
-def _known_class(error: ExpertsError) -> str:
+def known_class(error: ExpertsError) -> str:
+    """The class of shared.errors that an error is of, by name."""
     return next(base.__name__ for base in type(error).__mro__ if base.__module__ == errors.__name__)
 
 

@@ -18,6 +18,11 @@ class PreviewKeeper:
         self._store, self._vae_digest = store, vae_digest
         self._fit = PreviewFit() if read_preview(store, vae_digest) is None else None
 
+    @property
+    def is_learning(self) -> bool:
+        """Whether it has use for another crop."""
+        return self._fit is not None
+
     def add(self, pixels: np.ndarray[Any, np.dtype[np.uint8]], key: bytes, record: bytes) -> None:
         """A crop and the record that was made of it."""
         if self._fit is None:

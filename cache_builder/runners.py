@@ -6,10 +6,13 @@ decoding.py -> Runner.run(batches) -> fill.py commits        the encoders work w
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from types import TracebackType
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, runtime_checkable
 
+from cache_builder.config import EncodeRules
+from cache_builder.decoding import Encoded
 from cache_builder.encode import Job, Records, SampleEncoder
 from cache_builder.encoder_process import EncoderProcess
+from cache_builder.todo import Pictures
 from shared.ahead import Ahead
 from shared.errors import ConfigError
 
@@ -31,6 +34,18 @@ class Runner(Protocol):
         """The records of each job of `work` with the tag that came with it, as they are made.
 
         `work` is drawn from in a thread of its own, a few jobs ahead. Close the generator to end it early.
+        """
+        ...
+
+
+@runtime_checkable
+class PictureRunner(Protocol):
+    """A runner that reads and decodes too: pictures go out by where they lie."""
+
+    def run_pictures(self, pictures: Pictures, rules: EncodeRules, lost: dict[bytes, str]) -> Generator[list[Encoded]]:
+        """What becomes of the crops of `pictures`, a chunk at a time, in any order.
+
+        What cannot be decoded is put into `lost` instead: {latent key of each of its crops: why}.
         """
         ...
 

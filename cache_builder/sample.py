@@ -1,6 +1,6 @@
 """One sample of a build, as whoever works on one at a time has it; all of them are in samples.py."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -32,7 +32,7 @@ class Sample:
         return str(self._samples.said(self._row)[0])
 
     @property
-    def read(self) -> Callable[[], bytes]:
+    def read(self) -> "partial[bytes]":
         """Gives the bytes of the picture, or raises DataError."""
         return partial(self._samples.reader(self._row), *self._samples.said(self._row)[1])
 

@@ -74,8 +74,12 @@ class Row(NamedTuple):
 
 def packed(plan: CropPlan) -> bytes:
     """What follows the key of a crop in its column."""
-    numbers = *plan.resize_hw, plan.box_top, plan.box_left, *plan.target_hw
-    return CROP.pack(bytes(KEY_BYTES), *numbers, plan.flip)[KEY_BYTES:]
+    return CROP.pack(bytes(KEY_BYTES), *plan_numbers(plan))[KEY_BYTES:]
+
+
+def plan_numbers(plan: CropPlan) -> tuple[int, ...]:
+    """A plan as the numbers that `unpacked` takes."""
+    return *plan.resize_hw, plan.box_top, plan.box_left, *plan.target_hw, plan.flip
 
 
 def unpacked(numbers: Sequence[int]) -> CropPlan:

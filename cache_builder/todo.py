@@ -12,7 +12,7 @@ from typing import Any, TypeVar, overload
 import numpy as np
 
 from cache_builder.config import BuildConfig
-from cache_builder.key_arrays import Indices, as_keys, begins_another, each, first_of_each, is_in, stored
+from cache_builder.key_arrays import Indices, Keys, as_keys, begins_another, each, first_of_each, is_in, stored
 from cache_builder.keys import text_facts_key
 from cache_builder.report import BuildReport
 from cache_builder.sample import Sample
@@ -131,20 +131,24 @@ def add_prompts(samples: Samples, prompts: Sequence[str]) -> None:
         samples.add_text(text)
 
 
-def missing_texts(store: Store, samples: Samples) -> Indices:
-    """The texts, each once, of which a record is missing."""
+def missing_texts(store: Store, samples: Samples, elsewhere: Keys | None = None) -> Indices:
+    """The texts, each once, of which a record is missing; their embeds may be `elsewhere`, in place of the store."""
     texts = first_of_each(samples.texts["key"])
     keys = samples.texts["key"][texts]
-    is_whole = stored(store, keys)
+    is_whole = stored(store, keys) if elsewhere is None else is_in(keys, elsewhere)
     is_whole &= stored(store, as_keys(text_facts_key(key) for key in each(keys)))
     return texts[~is_whole]
 
 
-def missing_pictures(store: Store, samples: Samples) -> Pictures:
-    """The pictures that lack something, each with its missing crops, or all of them where its facts are missing."""
+def missing_pictures(store: Store, samples: Samples, elsewhere: Keys | None = None) -> Pictures:
+    """The pictures that lack something, each with its missing crops, or all of them where its facts are missing.
+
+    Latents may be `elsewhere`, in place of the store.
+    """
     has_facts = samples.facts["is_known"].copy()  # a scan cache may have more of them than the store
     has_facts &= stored(store, samples.rows["facts_key"])
-    is_there = stored(store, samples.crops["key"])
+    crops = samples.crops["key"]
+    is_there = stored(store, crops) if elsewhere is None else is_in(crops, elsewhere)
     is_there &= np.repeat(has_facts, samples.rows["crop_count"])
     return Pictures(samples, np.flatnonzero(~is_there))
 

@@ -171,7 +171,8 @@ class FolderSource:
             return Skipped(path, str(error))
         meta = row.meta if row else _NO_META
         look = partial(self._tree.state, entry)
-        return Found(path, captions, partial(self.read, path), meta, look, self._tree.is_remote)
+        read = partial(self._tree.read_entry, path, self._max_bytes)
+        return Found(path, captions, read, meta, look, self._tree.is_remote)
 
     def _captions(self, path: str, sidecar: FileEntry | None, row: Entry | None) -> tuple[str, ...]:
         said = row.captions if row else ()

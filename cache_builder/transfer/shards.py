@@ -77,9 +77,9 @@ def _joined(frames: Sequence[bytes]) -> pa.Array:
 
 
 class ShardReader:
-    """The shard of a digest at a place; raises DataError where it is not whole, or not that one."""
+    """The shard of a digest at a place, or of any; raises DataError where it is not whole, or not that one."""
 
-    def __init__(self, place: Place, name: str, digest: str) -> None:
+    def __init__(self, place: Place, name: str, digest: str | None) -> None:
         self.label = place.label(name)
         self._stream = place.open(name)
         try:
@@ -88,7 +88,8 @@ class ShardReader:
                 self._check_footer()
                 short = self._file.read(["key", "checksum"], use_threads=False)
                 self.rows: list[Row] = list(zip(*(column.to_pylist() for column in short.columns), strict=True))
-                if shard_digest(self.rows) != digest:
+                self.digest = shard_digest(self.rows)
+                if digest not in (None, self.digest):
                     raise ValueError("it holds other records than it should (digest)")
         except BaseException:
             self.close()
