@@ -71,8 +71,8 @@ def _connect(ray: Any, address: str | None) -> None:
     if address and (found := _HOST_PORT.fullmatch(address)):
         try:
             socket.create_connection((found[1].strip("[]"), int(found[2])), ANSWER_S).close()
-        except (OSError, OverflowError) as error:  # Ray would try for minutes
-            raise ConfigError(f"--ray-address {address}: no Ray cluster can be joined there: {error}") from None
+        except (OSError, OverflowError) as refused:  # Ray would try for minutes
+            raise ConfigError(f"--ray-address {address}: no Ray cluster can be joined there: {refused}") from None
     for _ in range(START_TRIES):
         if (error := _tried(ray, address)) is None or "timed out during startup" not in error:
             break
