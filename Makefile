@@ -37,6 +37,7 @@ bench: .venv/test.done
 	$(BIN)/python -m benchmarks.start_time
 	$(BIN)/python -m benchmarks.service --pictures 200
 	$(BIN)/python -m benchmarks.dashboard
+	$(BIN)/python -m benchmarks.scale --rows 1000000 --records 100000
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
