@@ -7,7 +7,9 @@ between our own processes; that is bytes (chunks.py), and nothing that a user gi
 """
 
 import os
+import re
 import signal
+import socket
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -32,11 +34,15 @@ T = TypeVar("T")
 ROOT = Path(__file__).parents[1]
 NAMED = 3  # pictures of a chunk that a message names
 STORE_BYTES = 512 << 20  # of shared memory that a Ray started here may take
-_PRIVATE = {
+ANSWER_S = 10.0  # for an address to answer at all
+START_TRIES = 3  # a Ray that has not begun after 30 s gives up, as on a machine that is busy with something else
+_QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # or Ray warns that it will be so
-    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # on any system: its servers bind to 127.0.0.1
 }
+_PRIVATE = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}  # on any system: its servers bind to 127.0.0.1
+_HOST_PORT = re.compile(r"(.+):(\d+)")
+_HERE = ("127.0.0.1:", "localhost:")
 
 
 @contextmanager
@@ -46,7 +52,7 @@ def open_ray(address: str | None, device: str, rules: RayRules) -> Iterator["Ray
     Raises ConfigError where Ray is not installed, nobody answers at the address, or there is no room for a worker.
     """
     try:
-        os.environ |= {"RAY_USAGE_STATS_ENABLED": "0"} if address else _PRIVATE
+        os.environ |= _QUIET | ({} if address and not address.startswith(_HERE) else _PRIVATE)
         import ray
     except ModuleNotFoundError:
         raise ConfigError("--runner ray needs Ray: pip install 'sdxl-experts[ray]'") from None
@@ -62,7 +68,22 @@ def open_ray(address: str | None, device: str, rules: RayRules) -> Iterator["Ray
 
 
 def _connect(ray: Any, address: str | None) -> None:
-    common = {"log_to_driver": False, "logging_level": "error", "configure_logging": True}
+    if address and (found := _HOST_PORT.fullmatch(address)):
+        try:
+            socket.create_connection((found[1].strip("[]"), int(found[2])), ANSWER_S).close()
+        except (OSError, OverflowError) as refused:  # Ray would try for minutes
+            raise ConfigError(f"--ray-address {address}: no Ray cluster can be joined there: {refused}") from None
+    for _ in range(START_TRIES):
+        if (error := _tried(ray, address)) is None or "timed out during startup" not in error:
+            break
+    if error is not None:
+        where = f"--ray-address {address}: no Ray cluster can be joined there" if address else "Ray cannot be started"
+        raise ConfigError(f"{where}: {error}")
+
+
+def _tried(ray: Any, address: str | None) -> str | None:
+    """Join or start; what Ray says where that fails."""
+    common: dict[str, Any] = {"log_to_driver": False, "logging_level": "critical"}
     try:
         if address:
             ray.init(address=address, **common)
@@ -70,9 +91,9 @@ def _connect(ray: Any, address: str | None) -> None:
             here = {"env_vars": {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}}
             ray.init("local", include_dashboard=False, object_store_memory=STORE_BYTES, runtime_env=here, **common)
     except Exception as error:  # noqa: BLE001 -- Ray raises what it likes; each is one line
-        said = (str(error).splitlines() or [type(error).__name__])[0][:300]
-        where = f"--ray-address {address}: no Ray cluster can be joined there" if address else "Ray cannot be started"
-        raise ConfigError(f"{where}: {said}") from None
+        ray.shutdown()
+        return (str(error).splitlines() or [type(error).__name__])[0][:300]
+    return None
 
 
 class RayCluster:

@@ -17,7 +17,6 @@ from typing import Any
 import psutil
 import pytest
 
-from cache_builder.report import BuildReport
 from shared.manifest import open_manifest
 from tests.pictures import write_shapes
 from tests.stores import records
@@ -29,7 +28,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
 
-Build = Callable[..., BuildReport]
 COUNT = 24
 WORKERS = 2
 
@@ -40,10 +38,11 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def here(pictures: Path, tiny_model: Path, run_build: Build, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """What one process makes of them."""
-    store = tmp_path_factory.mktemp("one") / "store"
-    return store, run_build([pictures], store, tiny_model)
+def here(pictures: Path, tiny_model: Path, commands: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What one process makes of them, told the same."""
+    store: Path = tmp_path_factory.mktemp("one") / "store"
+    assert commands.build(pictures, store, tiny_model).code == 0
+    return store
 
 
 @pytest.fixture(scope="module")
@@ -57,10 +56,10 @@ def on_ray(commands: Any, tiny_model: Path) -> Callable[..., Any]:
     return start
 
 
-def is_same(store: Path, here: Any) -> bool:
+def is_same(store: Path, here: Path) -> bool:
     return (
-        open_manifest(store, "main").digest == open_manifest(here[0], "main").digest
-        and records(store).keys() == records(here[0]).keys()
+        open_manifest(store, "main").digest == open_manifest(here, "main").digest
+        and records(store).keys() == records(here).keys()
     )
 
 
@@ -100,7 +99,7 @@ def killing(pid: int, name: str, times: int, seed: int) -> Iterator[list[int]]:
 
 
 def test_two_workers_fill_the_store_that_one_process_does_on_loopback_alone(
-    tmp_path: Path, pictures: Path, here: Any, on_ray: Any
+    tmp_path: Path, pictures: Path, here: Path, on_ray: Any
 ) -> None:
     running = on_ray(pictures, tmp_path / "store")
     ports: set[str] = set()
@@ -121,7 +120,7 @@ def test_two_workers_fill_the_store_that_one_process_does_on_loopback_alone(
 
 @pytest.mark.parametrize("seed", range(int(os.environ.get("SDXL_EXPERTS_RAY_KILLS", "1"))))
 def test_workers_that_are_killed_change_nothing(
-    tmp_path: Path, pictures: Path, here: Any, on_ray: Any, seed: int
+    tmp_path: Path, pictures: Path, here: Path, on_ray: Any, seed: int
 ) -> None:
     running = on_ray(pictures, tmp_path / "store")
     with killing(running.pid, "ray::Worker", 5, seed) as killed:
@@ -131,7 +130,9 @@ def test_workers_that_are_killed_change_nothing(
     assert is_same(tmp_path / "store", here)
 
 
-def test_a_node_that_is_killed_five_times_loses_nothing(tmp_path: Path, pictures: Path, here: Any, on_ray: Any) -> None:
+def test_a_node_that_is_killed_five_times_loses_nothing(
+    tmp_path: Path, pictures: Path, here: Path, on_ray: Any
+) -> None:
     """The node that the build itself is on: the same command goes on, with what was stored."""
     codes, counts = [], []
     for seed in range(6):
