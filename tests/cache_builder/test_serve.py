@@ -454,7 +454,10 @@ def losses(runs: Path) -> dict[str, list[float]]:
 
 
 @pytest.mark.slow
-def test_neither_trainer_notices_that_the_service_is_killed(world: Path, services: Services, tiny_model: Path) -> None:
+def test_neither_trainer_notices_that_the_service_hangs_or_is_killed(
+    world: Path, services: Services, tiny_model: Path
+) -> None:
+    """Twenty times: it is killed at once, or hangs for a while first, in turns."""
     write_shapes(world / "shapes", 24)
     first = services.start(world)
     first.wait_for(lambda status: status["builds"] == 1)
@@ -470,6 +473,9 @@ def test_neither_trainer_notices_that_the_service_is_killed(world: Path, service
         service.wait_for(lambda status: status["state"] == "building" or status["builds"])
         time.sleep(0.3)
         met += any(one.poll() is None for one in beside)
+        if kill % 2:
+            os.kill(service.pid, signal.SIGSTOP)
+            time.sleep(0.5)
         service.end(signal.SIGKILL)
     assert [one.wait() for one in beside] == [0, 0]
     assert met >= 5
