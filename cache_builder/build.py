@@ -7,7 +7,7 @@ build of the same pictures finds every key there, loads no weights and seals the
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -86,8 +86,16 @@ def build(
             dtype = encode_dtype(config, vae, options.device)
         else:
             dtype = choose_encode_dtype(config.encode.dtype, vae, cluster.device)
-        scanner = Scanner(config, vae.digest, dtype, text.digests, report, rehash=options.rehash)
-        scanner = replace(scanner, memory=options.store, scratch=options.store)
+        scanner = Scanner(
+            config,
+            vae.digest,
+            dtype,
+            text.digests,
+            report,
+            memory=options.store,
+            scratch=options.store,
+            rehash=options.rehash,
+        )
         samples = scanner.scan(sources, store)
         meta = meta_types(samples)
         shards = _shards(options)

@@ -3,7 +3,7 @@
 import json
 import signal
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -44,7 +44,6 @@ RayAddress = Annotated[
     str | None,
     typer.Option(help="With --runner ray: HOST:PORT of a running cluster, or auto; else one is started here."),
 ]
-
 Output = Annotated[str, typer.Option(help="What --runner ray writes: the store, or shards (Parquet, at --to).")]
 To = Annotated[
     str | None, typer.Option("--to", help="With --output shards: a folder or s3://..., for cache-store import.")
@@ -88,18 +87,7 @@ def _cache_build(
 
     if (no_timing or decode) and not dry_run:
         raise ConfigError("--no-timing and --decode are for --dry-run")
-    if runner not in ("local", "ray"):
-        raise ConfigError(f"--runner {runner}: it is local or ray")
-    if ray_address is not None and runner != "ray":
-        raise ConfigError("--ray-address is for --runner ray")
-    if output not in ("store", "shards") or (output == "shards") != (to is not None):
-        raise ConfigError(f"--output {output}: it is store, or shards with --to FOLDER or --to s3://BUCKET/PREFIX")
-    if to is not None and runner != "ray":
-        raise ConfigError(
-            "--output shards is for --runner ray; on one machine build the store, and cache-store export STORE --to URL"
-        )
-    if dry_run and runner == "ray":
-        raise ConfigError("--dry-run tries and times the encoder of this machine: leave --runner ray out")
+    where = _where_to_encode(runner, ray_address, output, to, is_rehearsed=dry_run)
     short = [] if resolution is None else [f"images.resolution={resolution}"]
     settings = load_config(BuildConfig, config or [], [*short, *(sets or [])])
     texts = tuple(dict.fromkeys(read_prompts_file(prompts))) if prompts else ()
@@ -108,18 +96,7 @@ def _cache_build(
     sources = open_sources(settings.datasets)
     needed = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
     model_folder = resolve_model(model, needed, model_config)
-    options = BuildOptions(
-        store,
-        manifest,
-        device,
-        wait,
-        replace,
-        allow_shrink,
-        texts,
-        rehash,
-        "ray" if runner == "ray" else "local",
-        ray_address,
-    )
+    options = BuildOptions(store, manifest, device, wait, replace, allow_shrink, texts, rehash, **where)
     if dry_run:
         from cache_builder import dry_run as rehearsed
 
@@ -131,6 +108,27 @@ def _cache_build(
         return
     report = build(sources, model_folder, settings, options)
     typer.echo(json.dumps(report.as_json(), indent=1) if as_json else report.as_text())
+
+
+def _where_to_encode(
+    runner: str, ray_address: str | None, output: str, to: str | None, *, is_rehearsed: bool
+) -> dict[str, Any]:
+    """What BuildOptions says of where records are made and where they go; raises ConfigError where that cannot be."""
+    from shared.errors import ConfigError
+
+    if runner not in ("local", "ray"):
+        raise ConfigError(f"--runner {runner}: it is local or ray")
+    if ray_address is not None and runner != "ray":
+        raise ConfigError("--ray-address is for --runner ray")
+    if output not in ("store", "shards") or (output == "shards") != (to is not None):
+        raise ConfigError(f"--output {output}: it is store, or shards with --to FOLDER or --to s3://BUCKET/PREFIX")
+    if to is not None and runner != "ray":
+        raise ConfigError(
+            "--output shards is for --runner ray; on one machine build the store, and cache-store export STORE --to URL"
+        )
+    if is_rehearsed and runner == "ray":
+        raise ConfigError("--dry-run tries and times the encoder of this machine: leave --runner ray out")
+    return {"runner": runner, "ray_address": ray_address, "shards_to": to}
 
 
 def cache_build() -> None:

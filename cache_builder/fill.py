@@ -14,9 +14,7 @@ from cache_builder.key_arrays import Indices, Keys, each, parts
 from cache_builder.preview_fit import PreviewKeeper
 from cache_builder.report import BuildReport
 from cache_builder.runners import PictureRunner, Runner
-from cache_builder.sample import Sample
 from cache_builder.samples import Samples
-from cache_builder.split import Thumbnail
 from cache_builder.todo import (
     Pictures,
     account_for,
@@ -112,7 +110,8 @@ class Filler:
             if item.framed is not None:
                 self._learn_preview(item, item.framed)
                 records |= [item.framed]
-            records |= [_facts_record(item.picture.samples[0], item.thumbnail)]
+            first = item.picture.samples[0]
+            records |= [facts_record(first.facts_key, first.original_hw, item.thumbnail)]
             for sample in item.picture.samples:
                 samples.learn(sample.index, item.thumbnail)
             self.report.encoded_crops += 1
@@ -143,7 +142,3 @@ def _cut_again(item: Encoded) -> Pixels | None:
     except DataError:  # gone by now; another picture will do
         return None
     return cut(decoded, [crop for crop in item.picture.crops if crop.latent_key == item.key], sample.rules)[0].pixels
-
-
-def _facts_record(sample: Sample, thumb: Thumbnail) -> Framed:
-    return facts_record(sample.facts_key, sample.original_hw, thumb)

@@ -74,6 +74,14 @@ def shard_name(digest: str) -> str:
     return f"shards/{digest[:32]}.parquet"
 
 
+def listed(place: Place, digest: str, records: int) -> ListedShard:
+    """The shard of a digest as it has been written; raises DataError where it is not there."""
+    name = shard_name(digest)
+    if (size := place.size(name)) is None:
+        raise DataError(f"{place.label(name)} has just been written and is not there: does another program clear it?")
+    return ListedShard(digest=digest, records=records, bytes=size)
+
+
 def write_listing(place: Place, listing: Listing) -> None:
     """Put an export in force: from here on its shards count."""
     place.write(FILE, listing.model_dump_json(indent=1).encode() + b"\n")

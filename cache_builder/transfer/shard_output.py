@@ -9,7 +9,7 @@ A shard that nobody lists does not count, whoever wrote it: a chunk may be encod
 
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,17 @@ import numpy as np
 from cache_builder.encode import Framed
 from cache_builder.key_arrays import Keys, as_keys
 from cache_builder.places import Place, open_place
-from cache_builder.transfer.listing import FILE, ListedManifest, ListedShard, Listing, read_listing, shard_name
-from cache_builder.transfer.listing import write_listing as put_listing
-from cache_builder.transfer.shards import GROUP_BYTES, GROUP_ROWS, ShardReader, shard_digest, write_shard
+from cache_builder.transfer.listing import (
+    FILE,
+    ListedManifest,
+    ListedShard,
+    Listing,
+    listed,
+    read_listing,
+    shard_name,
+    write_listing,
+)
+from cache_builder.transfer.shards import ShardReader, row_groups, shard_digest, write_shard
 from shared.errors import DataError
 from shared.manifest import Manifest
 from shared.progress import say
@@ -36,13 +44,10 @@ def write_records(place: Place, records: Sequence[Framed]) -> ListedShard:
     ordered = sorted(records)
     rows = [(key, frame_checksum(frame)) for key, frame in ordered]
     digest = shard_digest(rows)
-    name = shard_name(digest)
-    with place.writing(name) as file:
-        write_shard(file, rows, _groups(ordered))
-    size = place.size(name)
-    if size is None:
-        raise DataError(f"{place.label(name)} has just been written and is not there: does another program clear it?")
-    return ListedShard(digest=digest, records=len(rows), bytes=size)
+    groups = (ordered[group] for group in row_groups([len(frame) for _, frame in ordered]))
+    with place.writing(shard_name(digest)) as file:
+        write_shard(file, rows, groups)
+    return listed(place, digest, len(rows))
 
 
 class ShardOutput:
@@ -53,13 +58,14 @@ class ShardOutput:
         self.address = address
         self._place = open_place(address)
         self._shards: dict[str, ListedShard] = {}
+        self._broken: set[str] = set()
         self.keys: Keys = as_keys([])
         """Of all records there as the build begins, sorted."""
         self._look()
 
-    def add(self, listed: dict[str, Any]) -> None:
+    def add(self, row: dict[str, Any]) -> None:
         """List a shard that a worker has written."""
-        shard = ListedShard.model_validate(listed)
+        shard = ListedShard.model_validate(row)
         self._shards[shard.digest] = shard
 
     def finish(self, store: Path, name: str, seal: Callable[[Path], Manifest]) -> str:
@@ -68,20 +74,21 @@ class ShardOutput:
         with tempfile.TemporaryDirectory(dir=store, prefix=".sealing-") as folder:
             manifest = seal(Path(folder))
             told = json.loads(manifest.path.with_suffix(".json").read_bytes())
-            listed = ListedManifest(name=name, digest=manifest.digest, is_current=True, seal=told)
-            self._place.write(listed.file, manifest.path.read_bytes())
+            sealed = ListedManifest(name=name, digest=manifest.digest, is_current=True, seal=told)
+            self._place.write(sealed.file, manifest.path.read_bytes())
         others = [
             other.model_copy(update={"is_current": other.is_current and other.name != name})
             for other in (before.manifests if before else ())
-            if (other.name, other.digest) != (name, listed.digest)
+            if (other.name, other.digest) != (name, sealed.digest)
         ]
-        for shard in before.shards if before else ():
-            self._shards.setdefault(shard.digest, shard)
+        for shard in before.shards if before else ():  # of another build too, that ended in the meantime
+            if shard.name not in self._broken:
+                self._shards.setdefault(shard.digest, shard)
         shards = tuple(sorted(self._shards.values(), key=lambda shard: shard.digest))
         card = {key: value for key, value in read_card(store).items() if key != "format"}
         records = sum(shard.records for shard in shards)
-        put_listing(self._place, Listing(card=card, records=records, shards=shards, manifests=(*others, listed)))
-        return listed.digest
+        write_listing(self._place, Listing(card=card, records=records, shards=shards, manifests=(*others, sealed)))
+        return sealed.digest
 
     def _look(self) -> None:
         if self._place.kind("shards") != "folder":
@@ -89,8 +96,10 @@ class ShardOutput:
         names = sorted(entry.name for entry in self._place.entries("shards") if entry.name.endswith(".parquet"))
         known: set[bytes] = set()
         with ThreadPoolExecutor(LOOKED_AT_ONCE) as pool:
-            for found in pool.map(self._whole, names):
-                if found is not None and not known.issuperset(found[1]):  # else what a second try has made
+            for name, found in zip(names, pool.map(self._whole, names), strict=True):
+                if found is None:
+                    self._broken.add(f"shards/{name}")
+                elif not known.issuperset(found[1]):  # else what a second try has made
                     self._shards[found[0].digest] = found[0]
                     known.update(found[1])
         self.keys = np.sort(as_keys(known))
@@ -107,14 +116,3 @@ class ShardOutput:
                 return ListedShard(digest=shard.digest, records=len(keys), bytes=size), keys
         except DataError:
             return None
-
-
-def _groups(records: Sequence[Framed]) -> Iterator[Sequence[Framed]]:
-    start = 0
-    while start < len(records):
-        end, size = start, 0
-        while end < len(records) and end - start < GROUP_ROWS and (size < GROUP_BYTES or end == start):
-            size += len(records[end][1])
-            end += 1
-        yield records[start:end]
-        start = end

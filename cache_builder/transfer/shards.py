@@ -49,6 +49,18 @@ def shard_digest(rows: Iterable[Row]) -> str:
     return digest.hexdigest()
 
 
+def row_groups(sizes: Sequence[int]) -> Iterator[slice]:
+    """Which records of these sizes, bytes, are written together, and read together."""
+    start = 0
+    while start < len(sizes):
+        end, size = start, 0
+        while end < len(sizes) and end - start < GROUP_ROWS and (size < GROUP_BYTES or end == start):
+            size += sizes[end]
+            end += 1
+        yield slice(start, end)
+        start = end
+
+
 def write_shard(file: Any, rows: Sequence[Row], groups: Iterable[Sequence[tuple[bytes, bytes]]]) -> None:
     """Write frames, a row group at a time, into an open file; raises RecordCorrupt where they are not `rows`' own."""
     expected = iter(rows)

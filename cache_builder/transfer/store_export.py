@@ -15,9 +15,9 @@ from typing import Any
 
 from cache_builder.in_child import require_readable
 from cache_builder.places import Place, open_place
-from cache_builder.transfer.listing import ListedManifest, ListedShard, Listing, shard_name, write_listing
+from cache_builder.transfer.listing import ListedManifest, ListedShard, Listing, listed, shard_name, write_listing
 from cache_builder.transfer.plan import SHARD_BYTES, plan_export
-from cache_builder.transfer.shards import GROUP_BYTES, GROUP_ROWS, Row, ShardReader, shard_digest, write_shard
+from cache_builder.transfer.shards import GROUP_ROWS, Row, ShardReader, row_groups, shard_digest, write_shard
 from shared.ahead import Ahead
 from shared.errors import ConfigError, DataError, RecordCorrupt, StoreFormat
 from shared.manifest import Manifest
@@ -116,10 +116,7 @@ def _export_shard(
                 f"{reader.path} cannot be exported as a sound store: {error}; cache-store verify --quarantine sets bad "
                 "records aside, and the same cache-build makes them anew"
             ) from None
-    size = place.size(name)
-    if size is None:
-        raise DataError(f"{place.label(name)} has just been written and is not there: does another program clear it?")
-    return ListedShard(digest=digest, records=len(keys), bytes=size)
+    return listed(place, digest, len(keys))
 
 
 def _rows(reader: StoreReader, keys: list[bytes]) -> list[Row]:
@@ -146,23 +143,17 @@ def _read_groups(
     reader: StoreReader, keys: Sequence[bytes], sizes: Sequence[int]
 ) -> Iterator[list[tuple[bytes, bytes]]]:
     """Verified frames, as many at once as make a row group."""
-    start = 0
-    while start < len(keys):
-        end, group_bytes = start, 0
-        while end < len(keys) and end - start < GROUP_ROWS and (group_bytes < GROUP_BYTES or end == start):
-            group_bytes += sizes[end]
-            end += 1
+    for group in row_groups(sizes):
         with reader.snapshot() as snapshot:
-            frames = [(key, snapshot.raw(key)) for key in keys[start:end]]
+            frames = [(key, snapshot.raw(key)) for key in keys[group]]
         for key, frame in frames:
             verify_frame(key, frame)
         yield frames
-        start = end
 
 
 def _export_manifest(place: Place, sealed: Sealed, manifest: Manifest) -> ListedManifest:
     seal = sealed.seal()
-    listed = ListedManifest(name=sealed.name, digest=sealed.digest, is_current=sealed.is_current, seal=seal)
-    if place.size(listed.file) != seal["bytes"]:
-        place.write(listed.file, manifest.path.read_bytes())
-    return listed
+    found = ListedManifest(name=sealed.name, digest=sealed.digest, is_current=sealed.is_current, seal=seal)
+    if place.size(found.file) != seal["bytes"]:
+        place.write(found.file, manifest.path.read_bytes())
+    return found

@@ -15,6 +15,7 @@ from PIL import Image
 
 from cache_builder import ray_runner
 from cache_builder.chunks import pack, unpack
+from cache_builder.cli import _cache_build
 from cache_builder.config import RayRules
 from cache_builder.crew import MOST_DEATHS, Crew, Task
 from cache_builder.ray_runner import RayCluster
@@ -175,6 +176,34 @@ def test_shards_that_workers_write_are_the_store_of_one_process(
     assert records(tmp_path / "store").keys() == records(here[0]).keys()
     again = build_nearby(Nearby(3, deaths=1), [pictures], tmp_path / "work", tiny_model, shards_to=to)
     assert (again.digest, again.stored, again.encoded_captions) == (report.digest, 0, 0)
+
+
+def test_a_shard_that_was_damaged_later_is_made_anew_and_no_longer_listed(
+    tmp_path: Path, pictures: Path, here: Any, tiny_model: Path, build_nearby: Any
+) -> None:
+    to = str(tmp_path / "shards")
+    build_nearby(Nearby(5, deaths=0), [pictures], tmp_path / "work", tiny_model, shards_to=to)
+    for path in (tmp_path / "shards/shards").iterdir():
+        path.write_bytes(path.read_bytes()[:-40])
+    sets = ("encode.text_batch=5", "ray.chunk=7")  # so that no shard has its old name
+    build_nearby(Nearby(6, deaths=0), [pictures], tmp_path / "work", tiny_model, *sets, shards_to=to)
+    import_store(to, tmp_path / "store")
+    assert open_manifest(tmp_path / "store", "main").digest == open_manifest(here[0], "main").digest
+    assert records(tmp_path / "store").keys() == records(here[0]).keys()
+
+
+def test_the_command_hands_on_where_records_are_made_and_where_they_go(
+    tmp_path: Path, pictures: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr("cache_builder.build.build", lambda *told: asked.append(told[3]) or BuildReport())
+    command = {"folder": str(pictures), "store": tmp_path / "store", "model": str(tiny_model)}
+    _cache_build(**command)
+    _cache_build(**command, runner="ray", ray_address="there:1", output="shards", to="s3://set/shards")
+    assert [(one.runner, one.ray_address, one.shards_to) for one in asked] == [
+        ("local", None, None),
+        ("ray", "there:1", "s3://set/shards"),
+    ]
 
 
 class Stopping(Nearby):
