@@ -11,10 +11,12 @@ import re
 import signal
 import socket
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
+
+import psutil
 
 from cache_builder.chunks import Header, alike, pack, pictures_message, read_here, unpack
 from cache_builder.config import EncodeRules, RayRules
@@ -26,7 +28,7 @@ from cache_builder.todo import Picture, Pictures
 from cache_builder.transfer.shard_output import ShardOutput
 from shared import errors
 from shared.ahead import Ahead
-from shared.errors import ConfigError, ExpertsError
+from shared.errors import ConfigError, ExpertsError, Stopped
 from shared.progress import say
 from shared.record import verify_frame
 
@@ -62,7 +64,7 @@ def open_ray(address: str | None, device: str, rules: RayRules) -> Iterator["Ray
         _connect(ray, address)
         for number, handler in before.items():  # Ray sets its own
             signal.signal(number, handler)
-        yield RayCluster(ray, device, rules)
+        yield RayCluster(ray, device, rules, () if address else _own_node())
     finally:
         ray.shutdown()
 
@@ -96,11 +98,23 @@ def _tried(ray: Any, address: str | None) -> str | None:
     return None
 
 
+def _own_node() -> list[psutil.Process]:
+    """What of Ray was started here: who keeps the books, and who starts workers."""
+    return [child for child in psutil.Process().children() if child.name() in ("gcs_server", "raylet")]
+
+
+def _lives(process: psutil.Process) -> bool:
+    with suppress(psutil.NoSuchProcess):
+        return bool(process.status() != psutil.STATUS_ZOMBIE)
+    return False
+
+
 class RayCluster:
     """What crew.py asks of Ray, and what it has."""
 
-    def __init__(self, ray: Any, device: str, rules: RayRules) -> None:
-        self._ray, self._rules = ray, rules
+    def __init__(self, ray: Any, device: str, rules: RayRules, node: Sequence[psutil.Process] = ()) -> None:
+        """`node`: the processes of a Ray that was started here, without which it does nothing more."""
+        self._ray, self._rules, self._node = ray, rules, node
         there = ray.cluster_resources()
         gpus, cpus = int(there.get("GPU", 0)), int(there.get("CPU", 0))
         if device not in ("auto", "cuda", "cpu"):
@@ -135,7 +149,9 @@ class RayCluster:
         return RayRunner(Crew(self, self.count), self._rules, shards)
 
     def hire(self) -> Any:
-        """As crew.py says."""
+        """As crew.py says; raises Stopped where the Ray that was started here has died, for it would wait and abort."""
+        if not all(map(_lives, self._node)):
+            raise Stopped("the Ray that was started here has died; what was stored stays, and the same command goes on")
         options = {
             "num_cpus": self._rules.cpus,
             "num_gpus": int(self.device == "cuda"),

@@ -17,6 +17,7 @@ from typing import Any
 import psutil
 import pytest
 
+from cache_builder.transfer.store_import import import_store
 from shared.errors import ExpertsError
 from shared.manifest import open_manifest
 from shared.store import StoreReader
@@ -142,24 +143,37 @@ def stored(store: Path) -> int:
 
 
 def test_a_node_that_is_killed_five_times_loses_nothing(
+    tmp_path: Path, commands: Any, tiny_model: Path, on_ray: Any
+) -> None:
+    """All of the Ray that a build has started, each time when more is stored; the same command goes on."""
+    many, store = write_shapes(tmp_path / "set", 120), tmp_path / "store"
+    assert commands.build(many, tmp_path / "here", tiny_model).code == 0
+    for _ in range(5):
+        before, running = stored(store), on_ray(many, store)
+        end_s = time.monotonic() + 240
+        while stored(store) <= before + 20:
+            assert time.monotonic() < end_s
+            time.sleep(0.02)
+        for process in below(running.pid, ""):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        done = running.finish()
+        assert (done.code, done.errors[-1][:46]) == (75, "stopped: the Ray that was started here has die"), done.errors
+        assert stored(store) > before
+    done = on_ray(many, store).finish()
+    assert done.code == 0, done.errors
+    assert is_same(store, tmp_path / "here")
+
+
+def test_shards_that_workers_write_are_imported_as_the_store_of_one_process(
     tmp_path: Path, pictures: Path, here: Path, on_ray: Any
 ) -> None:
-    """The node that the build itself is on, each time when more is stored; the same command goes on."""
-    store, codes = tmp_path / "store", []
-    for _ in range(5):
-        before, running = stored(store), on_ray(pictures, store, "--set", "encode.batch=1")
-        end_s = time.monotonic() + 240
-        while stored(store) <= before and time.monotonic() < end_s:
-            time.sleep(0.02)
-        (node,) = below(running.pid, "raylet")
-        node.kill()
-        codes.append(running.finish().code)
-        assert stored(store) > before
-    assert 0 not in codes  # all were killed with something left to do
-    done = on_ray(pictures, store, "--set", "encode.batch=1").finish()
+    to = tmp_path / "shards"
+    done = on_ray(pictures, tmp_path / "work", "--output", "shards", "--to", str(to)).finish()
     assert done.code == 0, done.errors
-    assert is_same(store, here)
-    assert set(codes) <= {70, 75}, codes
+    assert not any(len(frame) > 1000 for frame in records(tmp_path / "work").values())  # facts alone
+    import_store(str(to), tmp_path / "store")
+    assert is_same(tmp_path / "store", here)
 
 
 def test_an_address_where_nobody_answers_is_one_line(tmp_path: Path, pictures: Path, on_ray: Any) -> None:
