@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from demo.model_files import SDXL_BLOCKS
+
 BOTH: dict[str, Any] = {
     "sample_size": 128,
     "layers_per_block": 2,
@@ -10,8 +12,7 @@ BOTH: dict[str, Any] = {
     "addition_time_embed_dim": 256,
 }
 BASE = BOTH | {
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    **SDXL_BLOCKS,
     "block_out_channels": (320, 640, 1280),
     "transformer_layers_per_block": (1, 2, 10),
     "attention_head_dim": (5, 10, 20),
