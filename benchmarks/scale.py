@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.scale_readers import Peak, measure_readers, memory_mb, write_first_batches
+from benchmarks.cache_build import Watch
+from benchmarks.scale_readers import measure_readers, memory_mb, write_first_batches
 from benchmarks.scale_rows import GeneratedRows, settings_of
 from benchmarks.sizing import Costs, table_text
 from shared.manifest import seal_manifest
@@ -32,13 +33,13 @@ SHAPE = (4, EDGE, EDGE)
 def measure_sealing(store: Path, count: int) -> dict[str, float]:
     """Seconds by the clock and of the processor, MB of memory at the most, and bytes, of a manifest of `count` rows."""
     before, at_s, cpu_s = memory_mb()["Anonymous"], time.perf_counter(), time.process_time()
-    with Peak() as peak:
-        manifest = seal_manifest(store, "main", settings_of(), GeneratedRows(count), in_order=True)
+    watch = Watch()
+    manifest = seal_manifest(store, "main", settings_of(), GeneratedRows(count), in_order=True)
     return {
         "rows": count,
         "seal_s": time.perf_counter() - at_s,
         "seal_cpu_s": time.process_time() - cpu_s,
-        "most_anonymous_mb": peak.most_mb - before,
+        "most_anonymous_mb": watch.stop() / 1e6 - before,
         "bytes": manifest.path.stat().st_size,
     }
 

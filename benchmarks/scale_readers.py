@@ -7,13 +7,13 @@ pages, now and at the most, and its share (PSS) of all that it has mapped, files
 
 import multiprocessing
 import os
-import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from benchmarks.cache_build import Watch
 from shared.manifest import open_manifest
 from shared.record import encode_record
 from shared.store import StoreReader, StoreWriter
@@ -60,7 +60,8 @@ def measure_readers(store: Path, *, cold: bool, count: int = 2) -> list[dict[str
 def _read(store: Path, barrier: Any) -> dict[str, float]:
     before = memory_mb()
     barrier.wait()
-    with Peak() as peak, StoreReader(store) as reader:
+    watch = Watch()
+    with StoreReader(store) as reader:
         began_s, began_cpu_s = time.perf_counter(), time.process_time()
         manifest = open_manifest(store, "main", check_beside=True)
         open_s = time.perf_counter() - began_s
@@ -90,7 +91,7 @@ def _read(store: Path, barrier: Any) -> dict[str, float]:
         "drawn_s": drawn_s,
         "next_epoch_s": next_epoch_s,
         "anonymous_mb": after["Anonymous"] - before["Anonymous"],
-        "most_anonymous_mb": peak.most_mb - before["Anonymous"],
+        "most_anonymous_mb": watch.stop() / 1e6 - before["Anonymous"],
         "pss_mb": after["Pss"] - before["Pss"],
     }
 
@@ -106,24 +107,4 @@ def _damaged(path: str, why: str) -> None:
 def memory_mb() -> dict[str, float]:
     """Memory of this process: fields of smaps_rollup, MB."""
     lines = [line.split() for line in Path("/proc/self/smaps_rollup").read_text().splitlines()[1:]]
-    return {name.rstrip(":"): int(value) / 1000 for name, value, _ in lines}
-
-
-class Peak:
-    """The most anonymous memory that this process had, looked at every 10 ms."""
-
-    def __init__(self) -> None:
-        self.most_mb, self._ended = 0.0, threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-
-    def __enter__(self) -> "Peak":
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._ended.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        while not self._ended.wait(0.01):
-            self.most_mb = max(self.most_mb, memory_mb()["Anonymous"])
+    return {name.rstrip(":"): int(value) * 1024 / 1e6 for name, value, _ in lines}

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from shared.manifest_rows import ManifestRow, ManifestSettings, Variant
+from tests.stores import settings
 
 AT_ONCE = 4096
 STEP_PX, EDGES_PX = 64, range(704, 1472, 64)  # of buckets near 1024 x 1024
@@ -17,21 +18,7 @@ HELD_OUT = 50
 
 def settings_of() -> ManifestSettings:
     """What a build of SDXL's parts declares."""
-    return ManifestSettings(
-        vae_digest="aa" * 32,
-        scaling_factor=0.13025,
-        latent_channels=4,
-        downscale=8,
-        latents="moments",
-        text_digests={"text_encoder": "bb", "tokenizer": "cc"},
-        text_widths=(768, 1280),
-        pooled_width=1280,
-        text_chunks=1,
-        null_text_key="dd" * 16,
-        zeros_for_empty_prompt=True,
-        datasets=("generated",),
-        build={"images": {"background": [255, 255, 255], "resample": "lanczos"}},
-    )
+    return settings(("generated",), text_widths=(768, 1280), pooled_width=1280, prompts={})
 
 
 class GeneratedRows:

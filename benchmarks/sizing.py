@@ -1,6 +1,6 @@
 """What 1 M, 10 M and 100 M pictures take, reckoned from unit costs: the tables of docs/scale.md.
 
-`measured` costs were taken with this project's benchmarks on two crowded cores of an AMD EPYC; `given` ones are of GPUs
+`measured` costs were taken with this project's benchmarks on two cores of an AMD EPYC; `given` ones are of GPUs
 that were not there, or of hardware as it is sold. Everything else is multiplication.
 """
 
@@ -18,7 +18,7 @@ class Costs:
     sample_bytes: float = 574.3 * 1024  # measured: benchmarks.store_size, in data.mdb
     row_bytes: float = 157.1  # measured: benchmarks.scale, of the manifest's file
     seal_row_s: float = 24e-6  # measured: benchmarks.scale, processor time
-    trainer_row_bytes: float = 5.6  # measured: benchmarks.scale, of a partition
+    trainer_row_bytes: float = 5.8  # measured: benchmarks.scale, of a partition
     decode_s: float = 0.040  # measured: benchmarks.cache_encode, processor time of a JPEG of 1.7 MP
     import_bytes_per_s: float = 330e6  # measured: benchmarks.transfer, about one core
     encode_per_s: float = 69.0  # given: one H200 at 34 % of its peak, the VAE's encoder
