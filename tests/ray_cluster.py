@@ -26,6 +26,8 @@ class LiveCluster:
     """One that stands: a head, and the nodes that were added."""
 
     address: str
+    head: psutil.Process
+    """Who keeps its books."""
     environment: Mapping[str, str]
     """What those who join it need."""
     _process: "subprocess.Popen[str]"
@@ -69,9 +71,9 @@ def live_cluster(**environment: str) -> Iterator[LiveCluster]:
     assert process.stdin
     assert process.stdout
     try:
-        address = process.stdout.readline().strip()
+        address, head = process.stdout.readline().split()
         assert address.startswith("127.0.0.1:")
-        yield LiveCluster(address, joining, process)
+        yield LiveCluster(address, psutil.Process(int(head)), joining, process)
     finally:
         process.stdin.close()
         process.wait(60)
@@ -90,7 +92,7 @@ def _serve() -> None:
     from ray.cluster_utils import Cluster
 
     cluster = Cluster(initialize_head=True, head_node_args=NODE)
-    _say(cluster.address)
+    _say(cluster.address, cluster.head_node.all_processes["gcs_server"][0].process.pid)
     for line in sys.stdin:
         if line.strip() == "add":
             _say(cluster.add_node(**NODE).all_processes["raylet"][0].process.pid)
@@ -100,8 +102,8 @@ def _serve() -> None:
         node.kill_all_processes(check_alive=False, allow_graceful=False)
 
 
-def _say(what: object) -> None:
-    sys.stdout.write(f"{what}\n")
+def _say(*what: object) -> None:
+    sys.stdout.write(" ".join(map(str, what)) + "\n")
     sys.stdout.flush()
 
 
