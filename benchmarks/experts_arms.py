@@ -3,7 +3,7 @@
 Every arm begins with the same model, and draws a picture with as many evaluations of a UNet of the same size.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 T = 1000
@@ -70,11 +70,13 @@ def arms(total: int, boundaries: Sequence[int], seed: int, kind: str = "full") -
             yield Arm(f"halves {boundary}", _pair(boundary, total // 2, total - total // 2, seed, kind))
 
 
-def variations(total: int, boundary: int, seed: int) -> Iterator[Arm]:
-    """The pair of that boundary in every variation."""
+def variations(total: int, boundary: int, seed: int, names: Collection[str] = tuple(VARIATIONS)) -> Iterator[Arm]:
+    """The pair of that boundary in each of these variations."""
     low_steps = round(total * boundary / T)
     low, high = _pair(boundary, low_steps, total - low_steps, seed, "full")
     for number, (name, (of_high, of_low)) in enumerate(VARIATIONS.items(), 1):
+        if name not in names:
+            continue
         met = high.name if any(one.startswith("loss.exposure") for one in of_low) else ""
         changed = [
             replace(run, sets=sets, label=f"v{number}", partner=partner) if sets else run

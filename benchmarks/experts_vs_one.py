@@ -18,7 +18,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.experts_arms import KINDS, PREDICTIONS, RATES, Arm, Run, arms, variations
+from benchmarks.experts_arms import KINDS, PREDICTIONS, RATES, VARIATIONS, Arm, Run, arms, variations
 from benchmarks.experts_handover import handover_of
 from benchmarks.experts_judge import losses_of, steps_of, stretches, verdicts_of
 from demo.commands import run, start
@@ -74,7 +74,9 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=3, help="trainings of each arm")
     parser.add_argument("--boundary", type=int, nargs="+", default=[350], help="timesteps at which a pair hands over")
     parser.add_argument("--kind", nargs="+", choices=KINDS, default=["full"], help="what is trained")
-    parser.add_argument("--variations", action="store_true", help="the pair with other data and captions too")
+    parser.add_argument(
+        "--variations", nargs="*", choices=VARIATIONS, help="the pair with other data, captions and edges too; all"
+    )
     parser.add_argument("--pictures", type=int, default=4096, help="pictures of the data set")
     parser.add_argument("--prompts", type=int, default=64, help="prompts of each set that every arm draws")
     parser.add_argument("--batch", type=int, default=32, help="pictures of an optimizer step")
@@ -96,8 +98,8 @@ def _asked(options: argparse.Namespace) -> Iterable[tuple[Arm, tuple[str, int]]]
         for kind in options.kind:
             for arm in arms(options.steps, options.boundary, seed, kind):
                 yield arm, (kind, seed)
-        if options.variations:
-            for arm in variations(options.steps, options.boundary[0], seed):
+        if options.variations is not None:
+            for arm in variations(options.steps, options.boundary[0], seed, options.variations or VARIATIONS):
                 yield arm, ("full", seed)
 
 
