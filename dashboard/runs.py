@@ -4,6 +4,7 @@ RUN/config.toml, expert.json, run.lock, events.jsonl -> WatchedRun -> /api/runs
 """
 
 import json
+import stat
 import threading
 import time
 import tomllib
@@ -13,7 +14,7 @@ from typing import Any
 
 from dashboard.folders import folder_id
 from dashboard.history import History
-from dashboard.sayings import QUIET, say_event
+from dashboard.sayings import ALARMS, QUIET, say_event
 from dashboard.tail import Event, Tail, number
 from shared.lease import listed_holder
 
@@ -103,7 +104,8 @@ class WatchedRun:
 def read_table(path: Path, parse: Callable[[str], Any], most_bytes: int = MOST_CARD_BYTES) -> Json:
     """What a small file holds; {} where it is absent, too large, damaged or no table: the page then says less."""
     try:
-        if path.stat().st_size > most_bytes:
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode) or found.st_size > most_bytes:  # a pipe would be waited for, for ever
             return {}
         table = parse(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -113,7 +115,8 @@ def read_table(path: Path, parse: Callable[[str], Any], most_bytes: int = MOST_C
 
 def told(event: Event, who: str) -> Json:
     """One event as the page shows it."""
-    return {"time_s": number(event.get("time_s")) or 0.0, "who": who, "event": event["event"], "text": say_event(event)}
+    kind, time_s = event["event"], number(event.get("time_s")) or 0.0
+    return {"time_s": time_s, "who": who, "event": kind, "text": say_event(event), "is_alarm": kind in ALARMS}
 
 
 def _state(is_held: bool, ended: str, has_begun: bool, step: int) -> str:
