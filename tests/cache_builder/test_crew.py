@@ -130,10 +130,13 @@ def test_tasks_that_run_one_to_three_times_on_workers_that_die_give_what_one_pro
     assert (again.digest, again.stored, again.reused) == (report.digest, 0, COUNT)
 
 
-def test_a_worker_that_sees_no_folder_is_sent_the_pictures(
-    tmp_path: Path, pictures: Path, here: Any, tiny_model: Path, build_nearby: Any
+def test_a_worker_that_sees_no_folder_is_sent_the_pictures_and_that_is_said_once(
+    tmp_path: Path, pictures: Path, here: Any, tiny_model: Path, build_nearby: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     report = build_nearby(Nearby(0, deaths=0, blind=True), [pictures], tmp_path / "store", tiny_model)
+    assert (
+        capsys.readouterr().err.count("a worker of the Ray cluster cannot read pictures that this machine reads") == 1
+    )
     assert accounts(report) == accounts(here[1])
     assert records(tmp_path / "store").keys() == records(here[0]).keys()
 
