@@ -4,6 +4,7 @@ RUN/config.toml, expert.json, run.lock, events.jsonl -> WatchedRun -> /api/runs
 """
 
 import json
+import os
 import stat
 import threading
 import time
@@ -18,6 +19,7 @@ from dashboard.sayings import ALARMS, QUIET, say_event
 from dashboard.tail import Event, Tail, number
 from shared.lease import listed_holder
 
+CARD, CONFIG = "expert.json", "config.toml"
 MOST_CARD_BYTES = 1 << 20
 POINTS_A_SECOND = 10_000  # curves of a long run are worked out less often: of 100,000 points every ten seconds
 Json = dict[str, Any]
@@ -56,14 +58,18 @@ class WatchedRun:
     def as_json(self) -> Json:
         """Everything that the page says of it."""
         card, config = self._card(), self._config()
+        damaged = [
+            name for name, found in ((CARD, card), (CONFIG, config)) if not found and (self.folder / name).is_file()
+        ]
         with self._reading:
             history = self.history
             drawn = self._curves()
             step, speed, latest = history.step(), history.steps_per_s(), history.latest
             ended, has_begun = history.ended, bool(history.told) or history.points > 0
-            share = self._tail.share
+            share, is_read = self._tail.share, self._tail.is_at_end()
         steps = number(config.get("steps"))
-        state = _state(listed_holder(self.folder / "run.lock") is not None, ended, has_begun, step)
+        is_held = listed_holder(self.folder / "run.lock") is not None
+        state = _state(is_held, ended, has_begun, step) if is_held or is_read else "reading"
         left = max(0.0, steps - step) / speed if steps and speed and state == "training" else None
         values = {name: number(latest.get(name)) for name in ("loss", "learning_rate", "data_wait_share", "skipped")}
         return {
@@ -73,6 +79,7 @@ class WatchedRun:
             "low": _whole(card.get("low"), _range(config, "low")),
             "high": _whole(card.get("high"), _range(config, "high")),
             "manifest": _manifest(card),
+            "why": f"{' and '.join(damaged)} cannot be read" if damaged else None,
             "state": state,
             "step": step,
             "steps": None if steps is None else int(steps),
@@ -94,11 +101,11 @@ class WatchedRun:
 
     def _card(self) -> Json:
         """The facts in expert.json; {} where there are none yet."""
-        facts = read_table(self.folder / "expert.json", json.loads).get("facts", {})
+        facts = read_table(self.folder / CARD, json.loads).get("facts", {})
         return facts if isinstance(facts, dict) else {}
 
     def _config(self) -> Json:
-        return read_table(self.folder / "config.toml", tomllib.loads)
+        return read_table(self.folder / CONFIG, tomllib.loads)
 
 
 def read_table(path: Path, parse: Callable[[str], Any], most_bytes: int = MOST_CARD_BYTES) -> Json:

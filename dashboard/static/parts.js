@@ -88,6 +88,7 @@ export function runCard(run, at) {
     run.state,
     el("p", {}, [range, steps].filter(Boolean).join(" · ")),
     bar(run.step, run.steps, `steps of ${run.name}`, `e${at % 6}`),
+    run.why ? el("p", { class: "alarm" }, `${run.folder}: ${run.why}`) : null,
     share,
     facts([
       ["Loss", digits(run.loss)],

@@ -1,5 +1,6 @@
 """What is damaged, silent or not known yet: the page names it, and goes on showing all the rest."""
 
+import contextlib
 import json
 import os
 import time
@@ -12,8 +13,10 @@ from starlette.testclient import TestClient
 
 from benchmarks.dashboard_world import write_run, write_store
 from cache_builder.verify import verify_store
+from dashboard.runs import WatchedRun
 from shared.lease import Lease
 from shared.manifest_shelf import sealed_manifests
+from shared.runlog import RunLog
 from shared.store import StoreReader, StoreWriter
 
 Ask = Callable[..., TestClient]
@@ -53,6 +56,29 @@ def test_a_pipe_in_a_run_folder_is_not_waited_for(tmp_path: Path, ask: Ask, name
     client = ask(tmp_path / "store", under=tmp_path / "runs")
     (run,) = json_of(client, "/api/runs")["runs"]
     assert run["step"] == (0 if name == "events.jsonl" else 30)
+
+
+def test_a_run_says_which_of_its_files_is_damaged(tmp_path: Path, ask: Ask) -> None:
+    write_run(tmp_path / "runs/base", "base", 350, 1000, 3)
+    client = ask(tmp_path / "store", under=tmp_path / "runs")
+    assert json_of(client, "/api/runs")["runs"][0]["why"] is None
+    (tmp_path / "runs/base/config.toml").write_bytes(b"\xff[[")
+    (run,) = json_of(client, "/api/runs")["runs"]
+    assert (run["why"], run["name"], run["low"]) == ("config.toml cannot be read", "base", 350)
+    (tmp_path / "runs/base/expert.json").write_text('{"facts": 3')
+    (run,) = json_of(client, "/api/runs")["runs"]
+    assert (run["why"], run["step"]) == ("expert.json and config.toml cannot be read", 30)
+
+
+def test_how_a_run_ended_is_not_said_before_its_log_is_read(tmp_path: Path) -> None:
+    write_run(tmp_path / "base", "base", 350, 1000, 2000)
+    with contextlib.closing(RunLog(tmp_path / "base/events.jsonl")) as log:
+        log.write("complete", step=20000)
+    run = WatchedRun(tmp_path / "base")
+    assert not run.read(0.0)  # one slice
+    assert run.as_json()["state"] == "reading"
+    assert run.read(time.monotonic() + 60)
+    assert run.as_json()["state"] == "finished"
 
 
 def test_a_record_is_set_aside_until_it_is_encoded_anew(tmp_path: Path, ask: Ask) -> None:
