@@ -59,7 +59,7 @@ class WatchedRun:
         """Everything that the page says of it."""
         card, config = self._card(), self._config()
         damaged = [
-            name for name, found in ((CARD, card), (CONFIG, config)) if not found and (self.folder / name).is_file()
+            name for name, found in ((CARD, card), (CONFIG, config)) if not found and os.path.isfile(self.folder / name)
         ]
         with self._reading:
             history = self.history
