@@ -10,14 +10,14 @@ import errno
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import pyarrow as pa
 from pyarrow import fs
 
+from cache_builder.direct_file import DirectFile
 from shared.atomic import sync_file, sync_folder
 from shared.errors import ConfigError, DataError, StoreFull, StoreIO, StoreMissing
 
@@ -113,8 +113,9 @@ class Place:
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
             try:
-                with pa.OSFile(str(temporary), "wb") as file:
+                with closing(DirectFile(temporary)) as file:
                     yield file
+                    file.finish()
                 sync_file(temporary)
                 os.replace(temporary, path)
             except BaseException:

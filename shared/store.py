@@ -83,6 +83,21 @@ class Snapshot:
         """A copy of the bytes under `key`, unverified: what a quarantine keeps; raises RecordCorrupt where absent."""
         return bytes(self._view(key))
 
+    def raw_into(self, keys: Iterable[bytes], target: Array) -> list[int]:
+        """Copy the bytes under each key, unverified, into `target`, uint8, one after the other; returns where each ends.
+
+        Raises RecordCorrupt where one is absent, or where `target` ends before it.
+        """
+        ends, end = [], 0
+        for key in keys:
+            view = self._view(key)
+            start, end = end, end + len(view)
+            if end > len(target):
+                raise RecordCorrupt(f"record {key.hex()} is longer than it was a moment ago")
+            target[start:end] = np.frombuffer(view, np.uint8)
+            ends.append(end)
+        return ends
+
     def checksums(self, keys: Iterable[bytes]) -> list[bytes]:
         """What the frame of each key says its checksum is, unverified; raises RecordCorrupt where one is absent."""
         return [frame_checksum(self._view(key)) for key in keys]

@@ -15,7 +15,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -29,7 +28,7 @@ GROUP_ROWS = 4096
 MOST_GROUP_BYTES = 1 << 30  # a row group that says it is larger is not one of ours
 ROWS_AT_ONCE = 8  # decoded: what is small is allocated again and again in the same pages
 _SHORT = pa.binary(KEY_BYTES)
-_SCHEMA = pa.schema(
+SCHEMA = pa.schema(
     [
         pa.field("key", _SHORT, nullable=False),
         pa.field("checksum", _SHORT, nullable=False),
@@ -59,33 +58,6 @@ def row_groups(sizes: Sequence[int]) -> Iterator[slice]:
             end += 1
         yield slice(start, end)
         start = end
-
-
-def write_shard(file: Any, rows: Sequence[Row], groups: Iterable[Sequence[tuple[bytes, bytes]]]) -> None:
-    """Write frames, a row group at a time, into an open file; raises RecordCorrupt where they are not `rows`' own."""
-    expected = iter(rows)
-    with pq.ParquetWriter(
-        file,
-        _SCHEMA,
-        compression="none",  # latents are noise to zstd, and what it gains of texts is little of the whole
-        use_dictionary=False,
-        write_statistics=False,
-        write_page_checksum=True,
-    ) as writer:
-        for group in groups:
-            here = [(key, frame_checksum(frame)) for key, frame in group]
-            if here != list(itertools.islice(expected, len(here))):
-                raise RecordCorrupt("records changed while they were exported")
-            keys, checksums = zip(*here, strict=True)
-            columns = [pa.array(keys, _SHORT), pa.array(checksums, _SHORT), _joined([frame for _, frame in group])]
-            writer.write_table(pa.Table.from_arrays(columns, schema=_SCHEMA), row_group_size=len(group))
-
-
-def _joined(frames: Sequence[bytes]) -> pa.Array:
-    """Frames as one column; pa.array would grow its buffer again and again, each time into fresh pages."""
-    offsets = np.cumsum([0, *map(len, frames)], dtype=np.int32)
-    buffers = [None, pa.py_buffer(offsets), pa.py_buffer(b"".join(frames))]
-    return pa.Array.from_buffers(pa.binary(), len(frames), buffers)
 
 
 class ShardReader:
@@ -156,7 +128,7 @@ class ShardReader:
 
         Columns are not asked for: pyarrow ends the process where what a damaged footer says of one cannot be.
         """
-        if not self._file.schema_arrow.equals(_SCHEMA):
+        if not self._file.schema_arrow.equals(SCHEMA):
             raise ValueError(
                 f"its columns are {', '.join(self._file.schema_arrow.names)[:80]}, not key, checksum and frame"
             )
