@@ -1,4 +1,4 @@
-"""A new file that goes to the disk past the page cache: what is written once and read elsewhere need not stay in memory.
+"""A new file that goes to the disk past the page cache: what is read elsewhere need not stay in memory.
 
     pieces of any length -> one aligned buffer -> writes of whole blocks, O_DIRECT -> the file, cut to its length
 
@@ -32,6 +32,7 @@ class DirectFile:
     def write(self, data: bytes | memoryview) -> int:
         """Take all of `data`; returns its length, bytes."""
         rest = memoryview(data).cast("B")
+        length = len(rest)
         while len(rest):
             count = min(len(rest), BUFFER_BYTES - self._filled)
             self._view[self._filled : self._filled + count] = rest[:count]
@@ -39,7 +40,7 @@ class DirectFile:
             rest = rest[count:]
             if self._filled == BUFFER_BYTES:
                 self._empty(BUFFER_BYTES)
-        return len(data)
+        return length
 
     def finish(self) -> None:
         """Write what is left."""

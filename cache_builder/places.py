@@ -20,6 +20,7 @@ from pyarrow import fs
 from cache_builder.direct_file import DirectFile
 from shared.atomic import sync_file, sync_folder
 from shared.errors import ConfigError, DataError, StoreFull, StoreIO, StoreMissing
+from shared.page_cache import drop_cached
 
 CONNECT_TIMEOUT_S = 10.0
 REQUEST_TIMEOUT_S = 60.0
@@ -89,6 +90,12 @@ class Place:
         """A file that can be read at any place, as Arrow reads it; raises DataError where it is not there."""
         with self._translated(name):
             return self._files.open_input_file(self._path(name))
+
+    def drop_cached(self, name: str, start: int, end: int) -> None:
+        """Bytes [start, end) of a file here will not be read again (shared/page_cache)."""
+        if self.is_local:
+            with suppress(OSError):
+                drop_cached(Path(self._path(name)), start, end)
 
     def read(self, name: str, max_bytes: int) -> bytes:
         """The bytes of a file; raises DataError where it is not there or larger than `max_bytes`."""

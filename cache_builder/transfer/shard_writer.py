@@ -1,6 +1,6 @@
 """Frames -> one shard, a row group after the other: the writing side of the Parquet file that shards.py describes.
 
-Encoded and summed in pieces that stay in the processor's cache: a frame is read from memory once on its way to the disk.
+Encoded and summed in pieces that stay in the processor's cache, so that memory is not read again for each step.
 """
 
 import itertools
@@ -28,11 +28,11 @@ class Group:
 
     keys: Sequence[bytes]
     ends: Sequence[int]
-    data: Bytes | bytes
+    data: Bytes
 
     def frames(self) -> Iterator[tuple[bytes, memoryview]]:
         """Each key with its frame, a view."""
-        view = memoryview(self.data)
+        view = self.data.data
         for key, start, end in zip(self.keys, (0, *self.ends), self.ends, strict=False):
             yield key, view[start:end]
 
@@ -40,7 +40,7 @@ class Group:
 def joined(records: Sequence[tuple[bytes, bytes]]) -> Group:
     """A group of frames that lie here and there."""
     ends = list(itertools.accumulate(len(frame) for _, frame in records))
-    return Group([key for key, _ in records], ends, b"".join(frame for _, frame in records))
+    return Group([key for key, _ in records], ends, np.frombuffer(b"".join(frame for _, frame in records), np.uint8))
 
 
 class ShardWriter:

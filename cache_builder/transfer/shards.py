@@ -26,6 +26,7 @@ SHARD_FORMAT = 1
 GROUP_BYTES = 16 << 20  # of frames in a row group, which is read and written at once
 GROUP_ROWS = 4096
 MOST_GROUP_BYTES = 1 << 30  # a row group that says it is larger is not one of ours
+READ_BYTES = 1 << 20  # of a local file, into memory that is used again
 ROWS_AT_ONCE = 8  # decoded: what is small is allocated again and again in the same pages
 _SHORT = pa.binary(KEY_BYTES)
 SCHEMA = pa.schema(
@@ -65,19 +66,27 @@ class ShardReader:
 
     def __init__(self, place: Place, name: str, digest: str | None) -> None:
         self.label = place.label(name)
+        self._place, self._name = place, name
         self._stream = place.open(name)
         try:
             with self._untrusted():
-                self._file = pq.ParquetFile(self._stream, page_checksum_verification=True, pre_buffer=True)
+                self._file = pq.ParquetFile(self._stream, page_checksum_verification=True)
                 self._check_footer()
                 short = self._file.read(["key", "checksum"], use_threads=False)
                 self.rows: list[Row] = list(zip(*(column.to_pylist() for column in short.columns), strict=True))
                 self.digest = shard_digest(self.rows)
                 if digest not in (None, self.digest):
                     raise ValueError("it holds other records than it should (digest)")
+                self._frames = self._unsummed(is_local=place.is_local)
         except BaseException:
             self.close()
             raise
+
+    def _unsummed(self, *, is_local: bool) -> pq.ParquetFile:
+        """The file for its frames: what their pages' checksums cover, their own cover better, and are verified too."""
+        # The kernel reads ahead on a disk; a server is asked for a whole row group at once.
+        options: dict[str, Any] = {"pre_buffer": False, "buffer_size": READ_BYTES} if is_local else {"pre_buffer": True}
+        return pq.ParquetFile(self._stream, metadata=self._file.metadata, **options)
 
     def groups(self) -> Iterator[list[Row]]:
         """Rows of each row group."""
@@ -91,7 +100,7 @@ class ShardReader:
         """Keys and frames of a row group, each frame verified: the one of its row, whole, and a record."""
         expected = iter(next(itertools.islice(self.groups(), group, None)))
         with self._untrusted():
-            batches = self._file.iter_batches(ROWS_AT_ONCE, [group], use_threads=False)
+            batches = self._frames.iter_batches(ROWS_AT_ONCE, [group], use_threads=False)
         while (batch := self._next(batches)) is not None:
             keys, checksums, frames = batch.columns
             for key, checksum, frame in zip(keys.to_pylist(), checksums.to_pylist(), frames, strict=True):
@@ -107,6 +116,8 @@ class ShardReader:
                 yield key, view
         if next(expected, None) is not None:
             raise self._damaged(ValueError(f"row group {group} ends before its last row"))
+        sizes = [self._file.metadata.row_group(index).total_byte_size for index in range(group + 1)]
+        self._place.drop_cached(self._name, sum(sizes[:-1]), sum(sizes))
 
     def _next(self, batches: Iterator[pa.RecordBatch]) -> pa.RecordBatch | None:
         with self._untrusted():

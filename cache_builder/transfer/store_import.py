@@ -18,7 +18,7 @@ from cache_builder.key_arrays import Keys, as_keys, each, is_in, stored
 from cache_builder.named import facts_keys, latent_keys, text_keys, union
 from cache_builder.places import Place, open_place
 from cache_builder.transfer.listing import ListedManifest, ListedShard, Listing, read_listing
-from cache_builder.transfer.shards import Frame, ShardReader
+from cache_builder.transfer.shards import GROUP_BYTES, Frame, ShardReader
 from shared.ahead import Ahead, Dealt
 from shared.errors import ConfigError, DataError, ManifestMismatch
 from shared.manifest import Manifest, check_data_sets
@@ -29,8 +29,9 @@ from shared.room import require_room
 from shared.store import StoreReader, StoreWriter
 from shared.store_card import read_card, refuse_foreign_folder, write_card
 
-COMMIT_BYTES = 16 << 20
-READERS, BUCKET_READERS = 1, 4  # shards that are read at once: a server takes its time to answer
+COMMIT_BYTES = 64 << 20  # a commit waits for the disk twice, however much it writes
+GROUPS_AHEAD = COMMIT_BYTES // GROUP_BYTES  # read and verified while a commit goes on
+READERS, BUCKET_READERS = 2, 4  # shards that are read at once: a server takes its time to answer
 MAX_MANIFEST_BYTES = 64 << 30
 
 
@@ -136,7 +137,7 @@ def _import_records(
     todo, count = Dealt(listing.shards), READERS if place.is_local else BUCKET_READERS
     readers = [_read_shards(writer, place, todo, wanted) for _ in range(count)]
     waiting: list[Frame] = []
-    with progress("import", report.records, "records") as advance, Ahead(*readers, count=count) as ready:
+    with progress("import", report.records, "records") as advance, Ahead(*readers, count=GROUPS_AHEAD) as ready:
         for passed, frames, is_shard_read in ready:
             waiting += frames
             advance(passed + len(frames))

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from shared.ahead import Ahead
+from shared.ahead import Ahead, Dealt
 
 
 def until(condition: object, limit_s: float = 10) -> None:
@@ -91,3 +91,10 @@ def test_an_error_in_one_source_ends_the_others() -> None:
     with pytest.raises(ValueError, match="one of two"), Ahead(endless(), failing(), count=2) as ahead:
         for _ in ahead:
             pass
+
+
+def test_what_is_dealt_goes_to_one_taker_each() -> None:
+    dealt = Dealt(number for number in range(3000))  # a generator, which no two threads may run at once
+    with Ahead(*(map(int, dealt) for _ in range(4)), count=2) as ahead:
+        assert sorted(ahead) == list(range(3000))
+    assert list(dealt) == []
