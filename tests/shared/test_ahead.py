@@ -94,7 +94,12 @@ def test_an_error_in_one_source_ends_the_others() -> None:
 
 
 def test_what_is_dealt_goes_to_one_taker_each() -> None:
-    dealt = Dealt(number for number in range(3000))  # a generator, which no two threads may run at once
+    def slowly() -> Iterator[int]:  # a generator, which no two threads may run at once
+        for number in range(50):
+            time.sleep(0.001)
+            yield number
+
+    dealt = Dealt(slowly())
     with Ahead(*(map(int, dealt) for _ in range(4)), count=2) as ahead:
-        assert sorted(ahead) == list(range(3000))
+        assert sorted(ahead) == list(range(50))
     assert list(dealt) == []
