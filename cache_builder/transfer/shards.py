@@ -4,9 +4,9 @@
     checksum  fixed_len_byte_array(16)   the one that stands in its frame
     frame     byte_array                 the record as the store has it (shared/record.py)
 
-Written by shard_writer.py. A shard's digest is blake2b-256 over keys and checksums in order: it names the content whatever
-the file looks like, is known before a byte is written, and is verified before a frame is read, each of which must then
-have the checksum of its row. Every page has a checksum too, which is verified where no better one covers the bytes.
+Written by shard_writer.py. A shard's digest is blake2b-256 over keys and checksums in order: it names the content
+whatever the file looks like, is known before a byte is written, and is verified before a frame is read, each of which
+must then have the checksum of its row. Every page has a checksum too, verified where no better one covers the bytes.
 """
 
 import hashlib

@@ -130,10 +130,13 @@ def test_tasks_that_run_one_to_three_times_on_workers_that_die_give_what_one_pro
     assert (again.digest, again.stored, again.reused) == (report.digest, 0, COUNT)
 
 
-def test_a_worker_that_sees_no_folder_is_sent_the_pictures(
-    tmp_path: Path, pictures: Path, here: Any, tiny_model: Path, build_nearby: Any
+def test_a_worker_that_sees_no_folder_is_sent_the_pictures_and_that_is_said_once(
+    tmp_path: Path, pictures: Path, here: Any, tiny_model: Path, build_nearby: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     report = build_nearby(Nearby(0, deaths=0, blind=True), [pictures], tmp_path / "store", tiny_model)
+    assert (
+        capsys.readouterr().err.count("a worker of the Ray cluster cannot read pictures that this machine reads") == 1
+    )
     assert accounts(report) == accounts(here[1])
     assert records(tmp_path / "store").keys() == records(here[0]).keys()
 
@@ -204,6 +207,21 @@ def test_the_command_hands_on_where_records_are_made_and_where_they_go(
         ("local", None, None),
         ("ray", "there:1", "s3://set/shards"),
     ]
+
+
+def test_a_wrong_address_is_said_before_anything_is_scanned(
+    tmp_path: Path, pictures: Path, tiny_model: Path, build_nearby: Any
+) -> None:
+    for words, said in (
+        ({"output": "shards"}, "--output shards needs --to"),
+        ({"to": "x"}, "--to x is for --output"),
+        ({"output": "records"}, "--output records: it is store or shards"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            _cache_build(folder=str(pictures), store=tmp_path / "work", model=str(tiny_model), runner="ray", **words)
+    with pytest.raises(ConfigError, match=r"^ftp://there/x: name a folder, or s3://"):
+        build_nearby(Nearby(0), [pictures], tmp_path / "work", tiny_model, shards_to="ftp://there/x")
+    assert not (tmp_path / "work").exists()
 
 
 class Stopping(Nearby):
