@@ -1,4 +1,4 @@
-"""What has been read once, taken out of the page cache again: it would push out what others read all the time."""
+"""What has been read or written once, taken out of the page cache: it would push out what others read all the time."""
 
 import os
 from pathlib import Path

@@ -26,6 +26,7 @@ from shared.errors import StoreBusy, StoreError, StoreFormat, StoreFull, StoreIO
 from shared.file_system import refuse_network
 from shared.kept_memory import keep_freed_memory
 from shared.lease import Lease
+from shared.page_cache import drop_cached
 from shared.preflight import check_data_file
 from shared.snapshot import Snapshot
 from shared.store_card import read_card, refuse_foreign_folder, write_card
@@ -192,13 +193,19 @@ class StoreWriter(_Environment):
             self._lease.release()
             raise
 
-    def put_many(self, records: Sequence[tuple[bytes, bytes | memoryview]]) -> int:
+    def put_many(self, records: Sequence[tuple[bytes, bytes | memoryview]], *, cached: bool = True) -> int:
         """Commit framed records under their keys, durably, and return how many were new; present keys stay as they are.
 
+        Unless `cached`, what the file has grown by leaves the page cache: where far more is put than is read soon.
         Raises StoreFull or StoreIO; then nothing of this batch is stored and everything before it is.
         """
         self._check_space(sum(len(value) for _, value in records))
-        return self._commit(lambda transaction: sum(transaction.put(*record, overwrite=False) for record in records))
+        data = self.path / "data.mdb"
+        before = data.stat().st_size
+        new = self._commit(lambda transaction: sum(transaction.put(*record, overwrite=False) for record in records))
+        if not cached:
+            drop_cached(data, before, data.stat().st_size)
+        return new
 
     def delete_many(self, keys: Sequence[bytes]) -> int:
         """Delete the records of `keys`, durably, and return how many there were: quarantine and garbage collection.

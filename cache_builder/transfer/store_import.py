@@ -150,7 +150,7 @@ def _import_records(
 def _commit(writer: StoreWriter, waiting: list[Frame], report: ImportReport) -> None:
     if waiting:
         waiting.sort()
-        report.new += writer.put_many(waiting)
+        report.new += writer.put_many(waiting, cached=False)
         report.bytes += sum(len(frame) for _, frame in waiting)
         waiting.clear()
 

@@ -428,3 +428,24 @@ print(max(faults[1:]))
 """
     ran = subprocess.run([sys.executable, "-c", code, tmp_path / "store"], capture_output=True, text=True, check=True)
     assert int(ran.stdout) < 40 * 300_000 // 4096 // 4  # pages of the records, each found anew
+
+
+def test_records_may_leave_the_page_cache(tmp_path: Path) -> None:
+    with StoreWriter(tmp_path / "store") as writer:
+        data, was_cached = tmp_path / "store/data.mdb", []
+        for number in range(2):
+            middle = data.stat().st_size + 1_500_000
+            writer.put_many([(KEYS[number], bytes(3_000_000))], cached=not number)
+            was_cached.append(is_cached(data, middle))
+    if not was_cached[0]:
+        pytest.skip("this file system does not say what is cached")
+    assert was_cached == [True, False]
+
+
+def is_cached(path: Path, offset: int) -> bool:
+    """Whether some bytes of a file can be had without the disk."""
+    with path.open("rb") as file:
+        try:
+            return os.preadv(file.fileno(), [bytearray(16)], offset, os.RWF_NOWAIT) > 0
+        except OSError:
+            return False
