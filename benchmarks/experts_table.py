@@ -2,8 +2,9 @@
 against another arm.
 
 Losses: of each seed the relative change on the same draws, then its mean over seeds with a 95 % t interval. Pictures:
-of each prompt the difference, meaned over seeds, then a 95 % bootstrap interval (BCa) over prompts. An interval of one
-seed, or of prompts that do not differ, is not there.
+of each prompt the difference, meaned over seeds, then a 95 % bootstrap interval (BCa) over prompts. Hand-overs: how far
+what is handed over is from data, its own / the other's at the same boundary, and the difference over seeds. An interval
+of one seed, or of prompts that do not differ, is not there.
 """
 
 import argparse
@@ -17,6 +18,8 @@ from typing import Any
 
 import numpy as np
 from scipy import stats
+
+from benchmarks.experts_handover import DRIFTS, drifts
 
 ONE = "one"
 SETS = ("one", "held out", "two")
@@ -90,6 +93,22 @@ def picture_gains(
     return over_prompts([fmean(values) for values in by_prompt.values()]) if by_prompt else None
 
 
+def handover_gains(results: Mapping[str, Any], kind: str, arm: str, what: str, against: str = ONE) -> list[Gain]:
+    """[its own drift, that of `against` at the same boundary, the difference] of what is handed over; [] where unknown.
+
+    `what` is one of DRIFTS.
+    """
+    found = [
+        (drifts(handed)[what], drifts(one["handover"][boundary])[what])
+        for own, one in _pairs(results, kind, arm, against)
+        for boundary, handed in own.get("handover", {}).items()
+        if boundary in one.get("handover", {})
+    ]
+    if not found:
+        return []
+    return [over_seeds(values) for values in (*map(list, zip(*found, strict=True)), [own - one for own, one in found])]
+
+
 def tables(results: Mapping[str, Any], against: str = ONE) -> str:
     """All tables, as Markdown, of every arm against one of them."""
     parts = []
@@ -106,6 +125,8 @@ def tables(results: Mapping[str, Any], against: str = ONE) -> str:
             *_loss_table(results, kind, names, against),
             "",
             *_picture_table(results, kind, names, against),
+            "",
+            *_handover_table(results, kind, names, against),
             "",
         ]
     return "\n".join(parts)
@@ -139,6 +160,18 @@ def _picture_table(results: Mapping[str, Any], kind: str, names: Iterable[str], 
         cells = [gain.text() if gain else "–" for gain in follows]
         rows.append([name, *cells, *(gain.text(1, "") if gain else "–" for gain in detail)])
     return _table(head, rows)
+
+
+def _handover_table(results: Mapping[str, Any], kind: str, names: Iterable[str], against: str) -> list[str]:
+    rows = []
+    for name in names:
+        found = [handover_gains(results, kind, name, what, against) for what in DRIFTS]
+        if all(found):
+            cells = [
+                f"{100 * one.mean:.1f} / {100 * other.mean:.1f} %, {change.text()}" for one, other, change in found
+            ]
+            rows.append([name, *cells])
+    return _table([f"drift at the hand-over / of {_called(against)}", *DRIFTS], rows) if rows else []
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:

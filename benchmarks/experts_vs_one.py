@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.experts_arms import KINDS, PREDICTIONS, RATES, Arm, Run, arms, variations
+from benchmarks.experts_handover import handover_of
 from benchmarks.experts_judge import losses_of, steps_of, stretches, verdicts_of
 from demo.commands import run, start
 from demo.prompts import PICTURE_HW, SIZES_HW
@@ -26,7 +27,9 @@ from shared.atomic import write_atomically
 
 CONFIGS, MODEL = Path("configs/demo"), Path("demo/model")
 CUTS = (200, 350, 500)  # boundaries that losses are cut at, whichever are trained
-DRAWING = ["--steps", "30", "--guidance", "2.5", "--height", str(PICTURE_HW[0]), "--width", str(PICTURE_HW[1])]
+STEPS, GUIDANCE = 30, 2.5
+DRAWING = ["--steps", str(STEPS), "--guidance", str(GUIDANCE)]
+DRAWING += ["--height", str(PICTURE_HW[0]), "--width", str(PICTURE_HW[1])]
 QUIET = ("log.trackers=[]", "eval.samples=0", "checkpoint.every=1000000", "checkpoint.keep_best=0")
 
 
@@ -54,6 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 "seed": seed,
                 "runs": [one.name for one in arm.runs],
                 "pictures": _drawn(out, arm, options.model),
+                "handover": {str(cut): _handed_over(out, arm.runs[-1], cut, options) for cut in _cuts(arm, options)},
             }
             for arm, (kind, seed) in asked
         ],
@@ -75,6 +79,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--prompts", type=int, default=64, help="prompts of each set that every arm draws")
     parser.add_argument("--batch", type=int, default=32, help="pictures of an optimizer step")
     parser.add_argument("--draws", type=int, default=256, help="draws of the eval loss for each 100 timesteps")
+    parser.add_argument("--handover", type=int, default=64, help="held-out pictures that hand-overs are judged by")
     parser.add_argument("--at-once", type=int, default=os.cpu_count() or 1, help="trainers that share the cores")
     parser.add_argument("--threads", type=int, default=0, help="of each trainer; 0 is its share of the cores")
     parser.add_argument(
@@ -154,6 +159,25 @@ def _losses(out: Path, name: str, one: Run, options: argparse.Namespace, *, of_s
         path.parent.mkdir(exist_ok=True)
         run_folder, store, cuts = out / "runs" / one.name, out / "store", stretches(CUTS)
         found = losses_of(run_folder, options.model, store, cuts, options.draws, of_start=of_start)
+        write_atomically(path, json.dumps(found).encode())
+    return _read(path)
+
+
+def _cuts(arm: Arm, options: argparse.Namespace) -> Sequence[int]:
+    """Where what an arm hands over is looked at: at its own boundary, or at all of them."""
+    if not options.handover:
+        return []
+    return [arm.runs[-1].low] if len(arm.runs) > 1 else options.boundary
+
+
+def _handed_over(out: Path, top: Run, boundary: int, options: argparse.Namespace) -> Any:
+    """By the run that answers above the boundary."""
+    path = out / "handovers" / f"{top.name}-at-{boundary}.json"
+    if not path.exists():
+        path.parent.mkdir(exist_ok=True)
+        run_folder, store, count = out / "runs" / top.name, out / "store", options.handover
+        drawing = {"steps": STEPS, "guidance": GUIDANCE}
+        found = handover_of(run_folder, options.model, store, boundary, count, path.parent, **drawing)
         write_atomically(path, json.dumps(found).encode())
     return _read(path)
 

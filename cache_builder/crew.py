@@ -19,7 +19,10 @@ from shared.progress import say
 IN_FLIGHT = 2  # for each worker: one that is encoded and one that is decoded
 LOOK_S = 1.0
 LOST_S = 300.0  # without a single worker; a cluster may be replacing a machine
-MOST_DEATHS = 4  # of workers over one task, the last three with nothing else to do
+DEATHS_AMONG_OTHERS = (
+    4  # of workers over one task, the last three with nothing else to do; then it waits for the others
+)
+DEATHS_AT_THE_END = 3  # more, with no other task in the whole cluster: workers die of other things too, not for ever
 MOST_FAILED_STARTS = 5  # of workers in a row
 
 
@@ -87,6 +90,9 @@ class Crew:
     again: deque[Task] = field(default_factory=deque)
     """Tasks that come before all others."""
 
+    _aside: deque[Task] = field(default_factory=deque)
+    """Tasks over which many died: done when there is nothing else, one at a time."""
+
     _hands: list[Hand] = field(default_factory=list)
     _flying: dict[Any, tuple[Hand, Task | None]] = field(default_factory=dict)
     _done: set[bytes] = field(default_factory=set)
@@ -95,7 +101,8 @@ class Crew:
     def answers(self, tasks: Iterable[Task], read: Callable[[bytes], Any]) -> Generator[tuple[Task, Any]]:
         """Each task with read(answer), once, as they come; `read` raises what an answer says.
 
-        Raises DataError where one task ends worker after worker, Stopped where the cluster has none left.
+        Raises DataError where one task ends worker after worker, when all others are done; Stopped where the cluster
+        has no worker left.
         """
         rest, seen_s = iter(tasks), time.monotonic()
         if (first := self._next(rest, is_idle=True)) is None:
@@ -105,7 +112,7 @@ class Crew:
             self._hire()
         while True:
             self._hand_out(rest)
-            if not self.again and not any(task for _, task in self._flying.values()) and self._is_out(rest):
+            if self._is_idle and not self.again and not self._aside and self._is_out(rest):
                 return
             if any(hand.is_ready for hand in self._hands):
                 seen_s = time.monotonic()
@@ -124,6 +131,12 @@ class Crew:
         self._hands.clear()
         self._flying.clear()
         self.again.clear()
+        self._aside.clear()
+
+    @property
+    def _is_idle(self) -> bool:
+        """Whether nobody has a task."""
+        return not any(task for _, task in self._flying.values())
 
     def _hire(self) -> None:
         hand = Hand(self.cluster.hire())
@@ -144,7 +157,9 @@ class Crew:
             if is_idle or not task.deaths:
                 del self.again[index]
                 return task
-        return next(rest, None)
+        if (another := next(rest, None)) is None and self._aside and self._is_idle:
+            return self._aside.popleft()
+        return another
 
     def _is_out(self, rest: Iterator[Task]) -> bool:
         """Whether there is no task more, where nobody could be given one."""
@@ -187,9 +202,15 @@ class Crew:
 
     def _mourn(self, task: Task, *, was_alone: bool) -> None:
         task.deaths += was_alone or not task.deaths
-        if task.deaths >= MOST_DEATHS:
+        if task.deaths < DEATHS_AMONG_OTHERS:
+            self.again.append(task)
+            return
+        if task.deaths == DEATHS_AMONG_OTHERS:
+            say(f"{task.deaths} workers died over {task.what}: it waits until all others are done")
+        if task.deaths == DEATHS_AMONG_OTHERS + DEATHS_AT_THE_END:
             raise DataError(
-                f"{task.deaths} workers died over {task.what}: is the memory of a machine too small for them (lower "
-                "encode.batch or ray.chunk), or is one of them harmful? What was stored stays"
+                f"{task.deaths} workers died over {task.what}, the last {DEATHS_AT_THE_END} with no other task in the "
+                "cluster: is the memory of a machine too small for it (lower encode.batch or ray.chunk), or is one of "
+                "them harmful? All others are done, and what was stored stays"
             )
-        self.again.append(task)
+        self._aside.append(task)

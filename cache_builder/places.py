@@ -58,6 +58,11 @@ class Place:
         self.is_local = is_local
         self._files, self._root = file_system, root
 
+    @property
+    def everywhere(self) -> str:
+        """Its address for a process in another folder."""
+        return self._root if self.is_local else self.address
+
     def label(self, name: str) -> str:
         """What `name` is called in messages."""
         return f"{self.address.rstrip('/')}/{name}"

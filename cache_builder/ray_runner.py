@@ -1,28 +1,23 @@
-"""Encoders on the machines of a Ray cluster: the one door to Ray. Nothing but bytes, numbers and texts goes through it.
+"""Encoders on the machines of a Ray cluster. Nothing but bytes, numbers and texts goes through Ray.
 
 fill.py -> RayRunner -> crew.py -> Ray -> ray_worker.py reads, decodes and encodes        this process alone writes
 
-A Ray that is started here listens on loopback alone, has no dashboard and reports no usage. Ray pickles what goes
-between our own processes; that is bytes (chunks.py), and nothing that a user gives is ever unpickled.
+Ray pickles what goes between our own processes; that is bytes (chunks.py), and nothing that a user gives is ever
+unpickled. ray_joining.py is the door to it.
 """
 
 import os
-import re
-import signal
-import socket
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, suppress
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
-
-import psutil
 
 from cache_builder.chunks import Header, alike, pack, pictures_message, read_here, unpack
 from cache_builder.config import EncodeRules, RayRules
 from cache_builder.crew import Crew, Task
 from cache_builder.decoding import Encoded
 from cache_builder.encode import Captions, Job, Records, SampleEncoder
+from cache_builder.ray_joining import joined_ray
 from cache_builder.ray_worker import Worker, expected_of
 from cache_builder.todo import Picture, Pictures
 from cache_builder.transfer.shard_output import ShardOutput
@@ -33,18 +28,7 @@ from shared.progress import say
 from shared.record import verify_frame
 
 T = TypeVar("T")
-ROOT = Path(__file__).parents[1]
 NAMED = 3  # pictures of a chunk that a message names
-STORE_BYTES = 512 << 20  # of shared memory that a Ray started here may take
-ANSWER_S = 10.0  # for an address to answer at all
-START_TRIES = 3  # a Ray that has not begun after 30 s gives up, as on a machine that is busy with something else
-_QUIET = {
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # or Ray warns that it will be so
-}
-_PRIVATE = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}  # on any system: its servers bind to 127.0.0.1
-_HOST_PORT = re.compile(r"(.+):(\d+)")
-_HERE = ("127.0.0.1:", "localhost:")
 
 
 @contextmanager
@@ -53,68 +37,16 @@ def open_ray(address: str | None, device: str, rules: RayRules) -> Iterator["Ray
 
     Raises ConfigError where Ray is not installed, nobody answers at the address, or there is no room for a worker.
     """
-    try:
-        os.environ |= _QUIET | ({} if address and not address.startswith(_HERE) else _PRIVATE)
-        import ray
-    except ModuleNotFoundError:
-        raise ConfigError("--runner ray needs Ray: pip install 'sdxl-experts[ray]'") from None
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    say(f"connecting to Ray at {address}" if address else "starting Ray on this machine")
-    try:
-        _connect(ray, address)
-        for number, handler in before.items():  # Ray sets its own
-            signal.signal(number, handler)
-        yield RayCluster(ray, device, rules, () if address else _own_node())
-    finally:
-        ray.shutdown()
-
-
-def _connect(ray: Any, address: str | None) -> None:
-    if address and (found := _HOST_PORT.fullmatch(address)):
-        try:
-            socket.create_connection((found[1].strip("[]"), int(found[2])), ANSWER_S).close()
-        except (OSError, OverflowError) as refused:  # Ray would try for minutes
-            raise ConfigError(f"--ray-address {address}: no Ray cluster can be joined there: {refused}") from None
-    for _ in range(START_TRIES):
-        if (error := _tried(ray, address)) is None or "timed out during startup" not in error:
-            break
-    if error is not None:
-        where = f"--ray-address {address}: no Ray cluster can be joined there" if address else "Ray cannot be started"
-        raise ConfigError(f"{where}: {error}")
-
-
-def _tried(ray: Any, address: str | None) -> str | None:
-    """Join or start; what Ray says where that fails."""
-    common: dict[str, Any] = {"log_to_driver": False, "logging_level": "critical"}
-    try:
-        if address:
-            ray.init(address=address, **common)
-        else:
-            here = {"env_vars": {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}}
-            ray.init("local", include_dashboard=False, object_store_memory=STORE_BYTES, runtime_env=here, **common)
-    except Exception as error:  # noqa: BLE001 -- Ray raises what it likes; each is one line
-        ray.shutdown()
-        return (str(error).splitlines() or [type(error).__name__])[0][:300]
-    return None
-
-
-def _own_node() -> list[psutil.Process]:
-    """What of Ray was started here: who keeps the books, and who starts workers."""
-    return [child for child in psutil.Process().children() if child.name() in ("gcs_server", "raylet")]
-
-
-def _lives(process: psutil.Process) -> bool:
-    with suppress(psutil.NoSuchProcess):
-        return bool(process.status() != psutil.STATUS_ZOMBIE)
-    return False
+    with joined_ray(address) as (ray, gone):
+        yield RayCluster(ray, device, rules, gone)
 
 
 class RayCluster:
     """What crew.py asks of Ray, and what it has."""
 
-    def __init__(self, ray: Any, device: str, rules: RayRules, node: Sequence[psutil.Process] = ()) -> None:
-        """`node`: the processes of a Ray that was started here, without which it does nothing more."""
-        self._ray, self._rules, self._node = ray, rules, node
+    def __init__(self, ray: Any, device: str, rules: RayRules, gone: Callable[[], str] = str) -> None:
+        """`gone` says what of Ray is gone without which it does nothing more; "" as long as it stands."""
+        self._ray, self._rules, self._gone = ray, rules, gone
         there = ray.cluster_resources()
         gpus, cpus = int(there.get("GPU", 0)), int(there.get("CPU", 0))
         if device not in ("auto", "cuda", "cpu"):
@@ -149,9 +81,8 @@ class RayCluster:
         return RayRunner(Crew(self, self.count), self._rules, shards)
 
     def hire(self) -> Any:
-        """As crew.py says; raises Stopped where the Ray that was started here has died, for it would wait and abort."""
-        if not all(map(_lives, self._node)):
-            raise Stopped("the Ray that was started here has died; what was stored stays, and the same command goes on")
+        """As crew.py says; raises Stopped where Ray is gone, for it would wait and abort."""
+        self._require_ray()
         options = {
             "num_cpus": self._rules.cpus,
             "num_gpus": int(self.device == "cuda"),
@@ -169,19 +100,34 @@ class RayCluster:
         return actor.check.remote() if message is None else actor.work.remote(message)
 
     def wait(self, calls: list[Any], timeout_s: float) -> list[Any]:
-        """As crew.py says."""
+        """As crew.py says; raises Stopped where Ray is gone."""
+        self._require_ray()
         done: list[Any] = self._ray.wait(calls, num_returns=1, timeout=timeout_s)[0]
         return done
+
+    def _require_ray(self) -> None:
+        if what := self._gone():
+            raise Stopped(f"{what}; what was stored stays, and the same command goes on")
 
     def answer(self, call: Any) -> bytes | None:
         """As crew.py says."""
         try:
             answer: bytes = self._ray.get(call)
         except self._ray.exceptions.RayTaskError as error:
-            raise ExpertsError(f"a worker of the Ray cluster failed, what was stored stays: {error}") from None
-        except self._ray.exceptions.RayError:
+            raise ExpertsError(f"a worker of the Ray cluster failed, what was stored stays: {_last(error)}") from None
+        except self._ray.exceptions.RayError as error:
+            if getattr(error, "actor_init_failed", False):  # and would each time
+                raise ConfigError(
+                    "a worker of the Ray cluster cannot begin; every machine of it needs this version of sdxl-experts, "
+                    f"with the same versions of Python and Ray: {_last(error)}"
+                ) from None
             return None
         return answer
+
+
+def _last(error: Exception) -> str:
+    """The last line, which says what was wrong where the others say in which file."""
+    return ([line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__])[-1][:300]
 
 
 @dataclass
@@ -191,6 +137,7 @@ class RayRunner:
     crew: Crew
     rules: RayRules
     shards: ShardOutput | None = None
+    _said_unread: bool = False
 
     def run(self, work: Iterable[tuple[T, Job]]) -> Generator[tuple[T, Records]]:
         """As Runner says, for captions."""
@@ -205,7 +152,8 @@ class RayRunner:
                 asked: Sequence[Picture] = task.tag
                 for index, why in header["lost"]:
                     lost.update((crop.latent_key, why) for crop in asked[index].crops)
-                self.crew.again.extend(self._sent([asked[index] for index in header["unread"]], rules, lost))
+                self._say_unread(asked, header["unread"])
+                self.crew.again.extend(self._sent([asked[index] for index, _ in header["unread"]], rules, lost))
                 yield _encoded(asked, header, frames)
 
     def __enter__(self) -> "RayRunner":
@@ -220,6 +168,15 @@ class RayRunner:
                 if self.shards is not None and "shard" in header:
                     self.shards.add(header["shard"])
                 yield task, (header, frames)
+
+    def _say_unread(self, asked: Sequence[Picture], unread: Sequence[tuple[int, str]]) -> None:
+        """Once: it costs this machine and its network what the workers were to do."""
+        if unread and not self._said_unread:
+            self._said_unread = True
+            say(
+                "a worker of the Ray cluster cannot read pictures that this machine reads and sends to it instead; the "
+                f"first is {asked[unread[0][0]].samples[0].path}: {unread[0][1]}"
+            )
 
     def _picture_tasks(self, pictures: Pictures, rules: EncodeRules, lost: dict[bytes, str]) -> Iterator[Task]:
         for is_placed, some in alike(pictures, self.rules.chunk):

@@ -5,7 +5,7 @@ ray_runner.py -> message -> Worker: read | decode, in threads | encode -> answer
     told      {"model", "device", "dtype", "latents", "chunks", "expects", "threads", "to"}
     job       {"pictures": [...], "rules": {...}} or {"keys": [...], "captions": [...]}    chunks.py
     answer    {"made": [[picture, key, thumbnail, is_finite], ...], "lost": [[picture, why], ...],
-               "unread": [picture, ...]}
+               "unread": [[picture, why], ...]}
               {"keys": [...]}                                                    with the framed records as blobs
               with "to", an address, records go into a shard there, and {"shard": its row} comes in their place
               {"error": class, "message": str}                                   of shared.errors
@@ -16,6 +16,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from cache_builder.decoding import cut, decode_sample, in_order, read_sample, sa
 from cache_builder.encode import Crop, Framed, SampleEncoder, facts_record
 from cache_builder.encoder_process import known_class
 from cache_builder.keys import KEY_FORMAT
-from cache_builder.places import open_place
+from cache_builder.places import Place, open_place
 from cache_builder.split import Thumbnail
 from cache_builder.transfer.shard_output import write_records
 from shared.errors import ConfigError, DataError, ExpertsError, StoreError
@@ -59,10 +60,13 @@ class Worker:
         )
         self._encoding = threading.Lock()
         self._trees = Trees()
-        self._to = open_place(self._told["to"]) if self._told["to"] else None
+
+    @cached_property
+    def _to(self) -> Place | None:
+        return open_place(self._told["to"]) if self._told["to"] else None
 
     def check(self) -> bytes:
-        """Say whether this machine has the weights, and the version of this program, that the keys name."""
+        """Say whether this machine has the weights and the program that the keys name, and sees what it writes to."""
         return _answered(self._check)
 
     def work(self, message: bytes) -> bytes:
@@ -79,6 +83,8 @@ class Worker:
             raise ConfigError("another version of this program; install the same one on every machine of the cluster")
         if here != expected:
             raise ConfigError(f"{model} holds other weights than here; every machine of the cluster needs the same")
+        if self._to is not None:
+            self._to.kind("")
         return pack({})
 
     def _work(self, header: Header, blobs: list[bytearray]) -> bytes:
@@ -120,7 +126,7 @@ class Worker:
 def _cut_all(pool: ThreadPoolExecutor, pictures: list[SentPicture], ahead: int, answer: Header) -> Iterator[_Cut]:
     for picture, cuts in in_order(pool, _decoded, pictures, ahead):
         if isinstance(cuts, _Unread):
-            answer["unread"].append(picture.index)
+            answer["unread"].append([picture.index, str(cuts)])
         elif isinstance(cuts, DataError):
             answer["lost"].append([picture.index, str(cuts)])
         else:
@@ -136,7 +142,7 @@ def _decoded(picture: SentPicture) -> list[_Cut] | DataError | _Unread:
     try:
         data = read_sample(sample)
     except (DataError, StoreError, ConfigError, OSError) as error:
-        return DataError(str(error)) if picture.is_sent else _Unread()
+        return DataError(str(error)) if picture.is_sent else _Unread(str(error))
     try:
         decoded = decode_sample(sample, data)
     except DataError as error:

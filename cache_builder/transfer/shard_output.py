@@ -30,7 +30,7 @@ from cache_builder.transfer.listing import (
     write_listing,
 )
 from cache_builder.transfer.shards import ShardReader, row_groups, shard_digest, write_shard
-from shared.errors import DataError
+from shared.errors import ConfigError, DataError
 from shared.manifest import Manifest
 from shared.progress import say
 from shared.record import frame_checksum
@@ -55,8 +55,8 @@ class ShardOutput:
 
     def __init__(self, address: str) -> None:
         """Look at every shard there; those that are not whole, or not what their name says, are passed over."""
-        self.address = address
         self._place = open_place(address)
+        self.address = self._place.everywhere
         self._shards: dict[str, ListedShard] = {}
         self._broken: set[str] = set()
         self.keys: Keys = as_keys([])
@@ -64,8 +64,13 @@ class ShardOutput:
         self._look()
 
     def add(self, row: dict[str, Any]) -> None:
-        """List a shard that a worker has written."""
+        """List a shard that a worker has written; raises ConfigError where it is not seen here."""
         shard = ListedShard.model_validate(row)
+        if self._place.size(shard.name) != shard.bytes:
+            raise ConfigError(
+                f"--to {self.address}: a worker has written {shard.name} there, and this machine does not see it: name "
+                "a bucket, or a folder that all machines share"
+            )
         self._shards[shard.digest] = shard
 
     def finish(self, store: Path, name: str, seal: Callable[[Path], Manifest]) -> str:
@@ -103,7 +108,7 @@ class ShardOutput:
                     self._shards[found[0].digest] = found[0]
                     known.update(found[1])
         self.keys = np.sort(as_keys(known))
-        say(f"{self.address} holds {len(self._shards)} whole shards, {len(known)} records")
+        say(f"{self._place.address} holds {len(self._shards)} whole shards, {len(known)} records")
 
     def _whole(self, name: str) -> tuple[ListedShard, list[bytes]] | None:
         path = f"shards/{name}"

@@ -1,6 +1,7 @@
 """Two experts against one: that arms cost the same, that intervals hold what is true, and the whole of it in small."""
 
 import json
+import math
 import random
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,9 @@ import pytest
 
 from benchmarks import experts_vs_one
 from benchmarks.experts_arms import VARIATIONS, arms, variations
+from benchmarks.experts_handover import DRIFTS, drifts
 from benchmarks.experts_judge import stretches
-from benchmarks.experts_table import loss_gains, over_prompts, over_seeds, picture_gains, tables
+from benchmarks.experts_table import handover_gains, loss_gains, over_prompts, over_seeds, picture_gains, tables
 
 LOSSES = {"0-350": 0.2, "350-1000": 0.4}
 
@@ -124,10 +126,42 @@ def test_pictures_are_compared_prompt_by_prompt() -> None:
     assert "| loss against the one | [0, 350) | [350, 1000) | all |" in text
 
 
+def handed(mean: float, variance: float, power: float) -> dict[str, Any]:
+    """Drawn latents that differ from real ones as said."""
+    real = {"mean": [0.5, -1.0], "variance": [4.0, 1.0], "power": [3.0, 0.5, None]}
+    drawn = {
+        "mean": [0.5 + 2 * mean, -1.0 - mean],
+        "variance": [4.0 * math.exp(variance), math.exp(-variance)],
+        "power": [3.0 * math.exp(power), 0.5 * math.exp(power), None],
+    }
+    return {"timestep": 366.0, "pictures": 64, "drawn": drawn, "real": real}
+
+
+def test_what_is_handed_over_drifts_by_what_it_differs_from_data_in() -> None:
+    assert drifts(handed(0, 0, 0)) == dict.fromkeys(DRIFTS, 0.0)
+    assert drifts(handed(0.3, 0.2, -0.1)) == pytest.approx({"mean": 0.3, "variance": 0.2, "power": 0.1})
+
+
+def test_hand_overs_are_compared_at_the_same_boundary() -> None:
+    results = results_of(2, 0.0, 0.01)
+    assert handover_gains(results, "full", "pair 350", "mean") == []
+    assert "drift" not in tables(results)
+    for arm in results["arms"]:
+        own = 0.2 + 0.01 * arm["seed"] if arm["name"] == "pair 350" else 0.15
+        arm["handover"] = {"350": handed(own, 0, 0)}
+        if arm["name"] == "one":
+            arm["handover"]["500"] = handed(9, 9, 9)
+    own, one, change = handover_gains(results, "full", "pair 350", "mean")
+    assert (own.mean, one.mean, change.mean) == pytest.approx((0.205, 0.15, 0.055))
+    assert "| drift at the hand-over / of the one | mean | variance | power |" in tables(results)
+    assert "| pair 350 | 20.5 / 15.0 %, +5.50 % (" in tables(results)
+
+
 @pytest.mark.slow
 def test_the_whole_of_it_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(Path(__file__).parents[2])
     small = ["--steps", "6", "--seeds", "2", "--pictures", "160", "--prompts", "1", "--draws", "4", "--batch", "4"]
+    small += ["--handover", "2"]
     assert experts_vs_one.main([str(tmp_path), *small]) == 0
     results = json.loads((tmp_path / "results.json").read_text())
     assert {arm["name"] for arm in results["arms"]} == {"one", "pair 350", "halves 350"}
@@ -135,6 +169,7 @@ def test_the_whole_of_it_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         losses = {key for name in arm["runs"] for key in results["runs"][name]["losses"]}
         assert losses == set(results["start"]["losses"]) == {"0-200", "200-350", "350-500", "500-1000"}
         assert len(arm["pictures"]) == 3
+        assert all(drifts(arm["handover"]["350"])[what] > 0 for what in DRIFTS)
     assert "pair 350" in tables(results)
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").glob("*/checkpoints/latest.json")}
     assert experts_vs_one.main([str(tmp_path), *small]) == 0  # nothing is made twice

@@ -1,7 +1,7 @@
 """Runs cache-build and cache-store in forks of itself, which is one of service_server.py: no run costs a start.
 
-A line of JSON on stdin, one on stdout: {"command", "argv", "out", "err", "file_limit", "encoders"} -> pid;
-{"wait": pid} -> exit code.
+A line of JSON on stdin, one on stdout: {"command", "argv", "out", "err", "file_limit", "encoders", "environment"} ->
+pid; {"wait": pid} -> exit code.
 Nothing is computed here before a fork: threads of a library would not survive it.
 """
 
@@ -57,6 +57,7 @@ def _become(job: dict[str, Any]) -> None:
         (2, job["err"], os.O_WRONLY | os.O_CREAT),
     ):
         os.dup2(os.open(path, flags, 0o644), descriptor)
+    os.environ |= job["environment"]
     if job["encoders"]:
         from cache_builder import encoder_process
 

@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,6 +78,7 @@ class Commands:
         )
         self._folder, self._count = folder, 0
         self.encoders: Sequence[str] = ()  # what encoder processes are started with, if not as users' are
+        self.environment: Mapping[str, str] = {}  # beside that of the tests
 
     def start(self, *arguments: str | Path, file_limit: int = 0, command: str = "cache_build") -> Running:
         """Start `cache-build ARGUMENTS`; `file_limit` is the longest file it may write, bytes."""
@@ -85,7 +86,7 @@ class Commands:
         out, err = (self._folder / f"{self._count}.{name}" for name in ("out", "err"))
         argv = [os.fspath(argument) for argument in arguments]
         job = {"argv": argv, "out": str(out), "err": str(err), "file_limit": file_limit, "command": command}
-        pid = self._ask(job | {"encoders": self.encoders})
+        pid = self._ask(job | {"encoders": self.encoders, "environment": dict(self.environment)})
         return Running(pid, out, err, lambda: self._ask({"wait": pid}))
 
     def run(self, *arguments: str | Path, file_limit: int = 0) -> Finished:

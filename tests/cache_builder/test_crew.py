@@ -17,7 +17,7 @@ from cache_builder import ray_runner
 from cache_builder.chunks import pack, unpack
 from cache_builder.cli import _cache_build
 from cache_builder.config import RayRules
-from cache_builder.crew import MOST_DEATHS, Crew, Task
+from cache_builder.crew import DEATHS_AMONG_OTHERS, DEATHS_AT_THE_END, Crew, Task
 from cache_builder.ray_runner import RayCluster
 from cache_builder.ray_worker import Worker
 from cache_builder.report import BuildReport
@@ -130,10 +130,13 @@ def test_tasks_that_run_one_to_three_times_on_workers_that_die_give_what_one_pro
     assert (again.digest, again.stored, again.reused) == (report.digest, 0, COUNT)
 
 
-def test_a_worker_that_sees_no_folder_is_sent_the_pictures(
-    tmp_path: Path, pictures: Path, here: Any, tiny_model: Path, build_nearby: Any
+def test_a_worker_that_sees_no_folder_is_sent_the_pictures_and_that_is_said_once(
+    tmp_path: Path, pictures: Path, here: Any, tiny_model: Path, build_nearby: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     report = build_nearby(Nearby(0, deaths=0, blind=True), [pictures], tmp_path / "store", tiny_model)
+    assert (
+        capsys.readouterr().err.count("a worker of the Ray cluster cannot read pictures that this machine reads") == 1
+    )
     assert accounts(report) == accounts(here[1])
     assert records(tmp_path / "store").keys() == records(here[0]).keys()
 
@@ -243,9 +246,11 @@ class Bare:
 
 
 def run_crew(cluster: Bare, count: int = 20, workers: int = 3) -> list[bytes]:
-    crew = Crew(cluster, workers)
-    tasks = (Task(number, f"picture {number}", b"task %d." % number) for number in range(count))
-    return sorted(answer for _, answer in crew.answers(tasks, bytes))
+    return sorted(answer for _, answer in Crew(cluster, workers).answers(some_tasks(count), bytes))
+
+
+def some_tasks(count: int) -> Iterator[Task]:
+    return (Task(number, f"picture {number}", b"task %d." % number) for number in range(count))
 
 
 def test_no_more_than_two_tasks_wait_for_each_worker() -> None:
@@ -254,9 +259,36 @@ def test_no_more_than_two_tasks_wait_for_each_worker() -> None:
     assert max(map(len, cluster.together)) == 6
 
 
-def test_a_task_that_ends_its_workers_is_named_and_the_build_with_it() -> None:
-    with pytest.raises(DataError, match=f"^{MOST_DEATHS} workers died over picture 7: is the memory"):
-        run_crew(Bare(b"task 7."))
+def test_a_task_that_ends_its_workers_is_named_when_all_others_are_done() -> None:
+    crew, done = Crew(Bare(b"task 7."), 3), []
+    deaths = DEATHS_AMONG_OTHERS + DEATHS_AT_THE_END
+    with pytest.raises(DataError, match=f"^{deaths} workers died over picture 7, the last 3 with no other task in the"):
+        done.extend(answer for _, answer in crew.answers(some_tasks(20), bytes))
+    assert sorted(done) == sorted(b"task %d." % number for number in range(20) if number != 7)
+
+
+def test_a_task_whose_workers_are_ended_from_outside_is_done_last_and_with_no_other() -> None:
+    class Unlucky(Bare):
+        deaths = 0
+        late: list[list[bytes]]
+
+        def wait(self, calls: list[Any], timeout_s: float) -> list[Any]:
+            if self.deaths >= DEATHS_AMONG_OTHERS and any(call[1] == b"task 7." for call in calls):
+                self.late.append([message for _, message, _ in calls if message])
+            return super().wait(calls, timeout_s)
+
+        def answer(self, call: Any) -> bytes | None:
+            if call[1] == b"task 7." and self.deaths < DEATHS_AMONG_OTHERS + DEATHS_AT_THE_END - 1:
+                self.deaths += 1
+                return None
+            return super().answer(call)
+
+    cluster = Unlucky()
+    cluster.late = []
+    assert run_crew(cluster, 60) == sorted(b"task %d." % number for number in range(60))
+    assert cluster.deaths == DEATHS_AMONG_OTHERS + DEATHS_AT_THE_END - 1
+    assert len(cluster.late) >= DEATHS_AT_THE_END
+    assert all(together == [b"task 7."] for together in cluster.late)
 
 
 def test_workers_that_end_before_they_begin_are_an_error() -> None:
