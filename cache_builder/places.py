@@ -67,6 +67,15 @@ class Place:
         """What `name` is called in messages."""
         return f"{self.address.rstrip('/')}/{name}"
 
+    @property
+    def has_bucket(self) -> bool:
+        """Whether its bucket is there, or may be, where that cannot be told; a folder needs none."""
+        with suppress(OSError):
+            return self.is_local or bool(
+                self._files.get_file_info(self._root.partition("/")[0]).type != fs.FileType.NotFound
+            )
+        return True
+
     def size(self, name: str) -> int | None:
         """Bytes of a file; None where there is none. Raises StoreIO where that cannot be told."""
         with self._translated(name):
@@ -162,6 +171,8 @@ def open_place(address: str | os.PathLike[str]) -> Place:
 def require_there(place: Place, name: str, way_out: str) -> None:
     """Raises StoreMissing where `name` is not at a place."""
     if place.size(name) is None:
+        if not place.has_bucket:
+            raise StoreMissing(f"{place.address}: there is no such bucket")
         raise StoreMissing(f"{place.address} holds no {name}: {way_out}")
 
 

@@ -30,7 +30,7 @@ from trainer.lineup import LineUp, line_up
 from trainer.report import JudgedExpert, Report, Round, read_report, write_report
 from trainer.report_page import report_page
 from trainer.rotation import list_checkpoints
-from trainer.trackers import Curves
+from trainer.trackers import Curves, require_known
 from trainer.waiting import wait_for_store
 
 PAUSE_S = 2.0  # between two looks
@@ -43,8 +43,10 @@ def watch(request: EvaluateRequest, max_share: float, trackers: Sequence[str] = 
     """Judge until every run has come to the step that its configuration names; returns the page.
 
     Goes on with the report that is in OUT. Raises Stopped (exit 75) where the process is asked to stop; the round that
-    it was in is left out. Raises ConfigError where the report there is of something else, and what `evaluate` raises.
+    it was in is left out. Raises ConfigError where the report there is of something else or a tracker is none that
+    is known, and what `evaluate` raises.
     """
+    require_known(trackers)
     for run in request.experts:
         if (run / "checksums.json").exists() or run.is_file():
             raise ConfigError(f"--watch follows run folders; {run} is one checkpoint")

@@ -392,6 +392,8 @@ def test_a_bucket_is_as_good_as_a_folder(bucket: str, store: Path, exported: Pat
 def test_a_bucket_that_does_not_do_as_asked(
     bucket: str, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    with pytest.raises(StoreMissing, match=r"^s3://nobodys/x: there is no such bucket$"):
+        import_store("s3://nobodys/x", tmp_path / "in")
     with pytest.raises(StoreIO, match="there is no such bucket"):
         export_store(store, "s3://nobody-has-this/x")
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
