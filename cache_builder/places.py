@@ -10,16 +10,17 @@ import errno
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import pyarrow as pa
 from pyarrow import fs
 
+from cache_builder.direct_file import DirectFile
 from shared.atomic import sync_file, sync_folder
 from shared.errors import ConfigError, DataError, StoreFull, StoreIO, StoreMissing
+from shared.page_cache import drop_cached
 
 CONNECT_TIMEOUT_S = 10.0
 REQUEST_TIMEOUT_S = 60.0
@@ -104,6 +105,12 @@ class Place:
         with self._translated(name):
             return self._files.open_input_file(self._path(name))
 
+    def drop_cached(self, name: str, start: int, end: int) -> None:
+        """Bytes [start, end) of a file here will not be read again (shared/page_cache)."""
+        if self.is_local:
+            with suppress(OSError):
+                drop_cached(Path(self._path(name)), start, end)
+
     def read(self, name: str, max_bytes: int) -> bytes:
         """The bytes of a file; raises DataError where it is not there or larger than `max_bytes`."""
         with self._translated(name), self._files.open_input_file(self._path(name)) as file:
@@ -127,8 +134,9 @@ class Place:
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
             try:
-                with pa.OSFile(str(temporary), "wb") as file:
+                with closing(DirectFile(temporary)) as file:
                     yield file
+                    file.finish()
                 sync_file(temporary)
                 os.replace(temporary, path)
             except BaseException:

@@ -14,6 +14,21 @@ T = TypeVar("T")
 _END = object()
 
 
+class Dealt(Generic[T]):
+    """Items of which several threads each take the next one."""
+
+    def __init__(self, items: Iterable[T]) -> None:
+        self._items, self._taking = iter(items), threading.Lock()
+
+    def __iter__(self) -> Iterator[T]:
+        while True:
+            with self._taking:
+                item = next(self._items, _END)
+            if item is _END:
+                return
+            yield item  # type: ignore[misc]
+
+
 class Ahead(Generic[T]):
     """What `sources` give, in the order in which it is made; any number of threads may take from it.
 

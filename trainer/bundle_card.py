@@ -98,6 +98,8 @@ def _load(stage: Stage, form: str) -> list[str]:
     name, kind = stage.folder, _pipeline(stage)
     folder = f'f"{{BUNDLE}}/{name}"'
     source = _base(stage) if stage.is_adapter else folder
+    if stage.is_adapter:  # whose base may have another null prompt than it was trained with
+        source += f", force_zeros_for_empty_prompt={stage.facts.null_prompt == 'zeros'}"
     lines = [f"{name} = {kind}.from_pretrained({source})"]
     if form == "single-file":
         lines = [f'{name} = {kind}.from_single_file(f"{{BUNDLE}}/{name}.safetensors", config={folder})']

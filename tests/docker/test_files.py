@@ -135,6 +135,9 @@ def test_the_image_installs_what_the_commands_need(services: dict[str, Any]) -> 
     project = tomllib.loads((DOCKER.parent / "pyproject.toml").read_text())
     packages = {name.partition(".")[0] for name in project["tool"]["setuptools"]["packages"]}
     assert packages <= copied
+    (line,) = [line for line in dockerfile.splitlines() if line.startswith("ARG EXTRAS=")]
+    extras = set(line.removeprefix("ARG EXTRAS=").split(","))
+    assert {"serve", "tensorboard"} <= extras <= set(project["project"]["optional-dependencies"])
     scripts = set(project["project"]["scripts"]) | {"sleep", "tensorboard"}
     assert {service["command"][0] for service in services.values()} <= scripts
 

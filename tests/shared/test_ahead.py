@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from shared.ahead import Ahead
+from shared.ahead import Ahead, Dealt
 
 
 def until(condition: object, limit_s: float = 10) -> None:
@@ -122,3 +122,15 @@ def test_resting_loses_no_wake_up(again_at: int) -> None:
         Ahead(*(map(int, shared) for _ in range(4)), count=4, again_at=again_at) as ahead,
     ):
         assert sorted(ahead) == list(range(3000))
+
+
+def test_what_is_dealt_goes_to_one_taker_each() -> None:
+    def slowly() -> Iterator[int]:  # a generator, which no two threads may run at once
+        for number in range(50):
+            time.sleep(0.001)
+            yield number
+
+    dealt = Dealt(slowly())
+    with Ahead(*(map(int, dealt) for _ in range(4)), count=2) as ahead:
+        assert sorted(ahead) == list(range(50))
+    assert list(dealt) == []

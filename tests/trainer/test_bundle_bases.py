@@ -48,17 +48,18 @@ def request_of(world: Any, base_adapter: Path, stock_refiner: Path, tmp_path: Pa
     return made
 
 
-def draws(out: Path, folder: Path, **places: Path) -> bool:
-    """Whether the script on a bundle's card makes a picture, given the places of what it names."""
+def drawn_by_the_card(out: Path, folder: Path, **places: Path) -> dict[str, Any]:
+    """What the script on a bundle's card leaves behind, given the places of what it names."""
     script = (out / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
     for name, place in {"BUNDLE": out, **places}.items():
         line = next(line for line in script.splitlines() if line.startswith(f"{name} = "))
         script = script.replace(line, f"{name} = {str(place)!r}")
     script = script.replace('"num_inference_steps": 40', '"num_inference_steps": 3').replace("picture.png", "drawn.png")
     (folder / "script.py").write_text(script)
-    runpy.run_path(str(folder / "script.py"))
+    left = runpy.run_path(str(folder / "script.py"))
     with Image.open("drawn.png") as image:
-        return image.size == (128, 128)
+        assert image.size == (128, 128)
+    return left
 
 
 def test_the_stock_refiners_adapter_has_the_checkpoint_that_it_stands_on(
@@ -73,7 +74,8 @@ def test_the_stock_refiners_adapter_has_the_checkpoint_that_it_stands_on(
     assert 'BASE_2 = "stock-refiner"' in (out / "README.md").read_text()
     assert "Base model: `stock-refiner`" in (out / "stage_2" / "README.md").read_text()
     monkeypatch.chdir(tmp_path)
-    assert draws(out, tmp_path, BASE=world.model, BASE_2=stock_refiner)
+    left = drawn_by_the_card(out, tmp_path, BASE=world.model, BASE_2=stock_refiner)
+    assert [left[f"stage_{n}"].config.force_zeros_for_empty_prompt for n in (1, 2)] == [True, False]
 
 
 def test_an_adapter_on_an_expert_names_that_experts_step(
@@ -86,7 +88,7 @@ def test_an_adapter_on_an_expert_names_that_experts_step(
     assert "# the UNet on which it stands, of step 2 of refiner" in (out / "README.md").read_text()
     monkeypatch.chdir(tmp_path)
     unet = open_expert(pair[1]).path / "ema"
-    assert draws(out, tmp_path, BASE=world.model, BASE_2=world.model, UNET_2=unet)
+    drawn_by_the_card(out, tmp_path, BASE=world.model, BASE_2=world.model, UNET_2=unet)
     files = bundle(replace(request, form="kohya-lora", out=tmp_path / "files", prove=False))
     assert json.loads((files / "workflow.json").read_text())["base_2"]["inputs"]["ckpt_name"] == "refiner.safetensors"
 
