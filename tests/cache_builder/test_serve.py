@@ -162,7 +162,7 @@ def test_pictures_that_arrive_are_in_a_sealed_manifest(
 def test_what_is_said_of_the_folders_holds_from_anywhere(world: Path, services: Services) -> None:
     """The page may run elsewhere; and before a build has looked, nobody knows what could not be used."""
     relative = os.path.relpath(world / "shapes")
-    build = fake_build(world, "time.sleep(1000)")
+    build = fake_build(world, "sys.stdin.read(); sys.exit()")  # ends with the service
     service = services.start(world, f"datasets=[{{id='shapes', root='{relative}'}}]", build_command=build)
     status = service.wait_for(lambda status: status["state"] == "building")
     (folder,) = status["folders"]
