@@ -80,6 +80,7 @@ def build(
     index = read_json_object(model / "model_index.json")
     datasets = tuple(sorted({source.dataset_id for source in sources}))
     check_data_sets(options.store, options.manifest, datasets, replace=options.replace)
+    shards = _shards(options)  # a wrong address is said before anything is scanned
     with _cluster(options, config) as cluster, StoreWriter(options.store, wait=options.wait) as store:
         vae, text = read_vae_facts(model), read_text_facts(model)
         if cluster is None:
@@ -98,7 +99,6 @@ def build(
         )
         samples = scanner.scan(sources, store)
         meta = meta_types(samples)
-        shards = _shards(options)
         encoder = SampleEncoder(model, options.device, dtype, config.encode.latents, config.text.chunks)
         with cluster.runner(encoder, vae.digest, text.digests, shards) if cluster else open_runner(encoder) as runner:
             preview, elsewhere = PreviewKeeper(options.store, vae.digest), shards.keys if shards else None

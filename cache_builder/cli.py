@@ -120,8 +120,12 @@ def _where_to_encode(
         raise ConfigError(f"--runner {runner}: it is local or ray")
     if ray_address is not None and runner != "ray":
         raise ConfigError("--ray-address is for --runner ray")
-    if output not in ("store", "shards") or (output == "shards") != (to is not None):
-        raise ConfigError(f"--output {output}: it is store, or shards with --to FOLDER or --to s3://BUCKET/PREFIX")
+    if output not in ("store", "shards"):
+        raise ConfigError(f"--output {output}: it is store or shards")
+    if output == "shards" and to is None:
+        raise ConfigError("--output shards needs --to FOLDER or --to s3://BUCKET/PREFIX")
+    if output == "store" and to is not None:
+        raise ConfigError(f"--to {to} is for --output shards")
     if to is not None and runner != "ray":
         raise ConfigError(
             "--output shards is for --runner ray; on one machine build the store, and cache-store export STORE --to URL"

@@ -36,7 +36,8 @@ from shared.errors import ConfigError, ExpertsError, StoreIO, StoreLocked
 from shared.file_system import refuse_network
 from shared.lease import holder
 from shared.manifest import check_data_sets, check_shrinking
-from shared.store import Snapshot, Store, StoreReader, free_bytes
+from shared.snapshot import Snapshot
+from shared.store import Store, StoreReader, free_bytes
 from shared.store_card import refuse_foreign_folder
 from shared.text_encoders import TokenCounter, read_text_facts
 from shared.vae import read_vae_facts

@@ -21,7 +21,8 @@ from cache_builder.sources import Found
 from cache_builder.split import THUMBNAIL_BYTES, Thumbnail
 from shared.errors import RecordCorrupt
 from shared.pictures import PixelLimits, PixelRules, read_size
-from shared.store import Snapshot, Store
+from shared.snapshot import Snapshot
+from shared.store import Store
 
 FILES_AT_ONCE = 256  # looked up in one read transaction
 WORTH_A_THREAD_BYTES = 64 << 10

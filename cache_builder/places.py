@@ -10,16 +10,17 @@ import errno
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import pyarrow as pa
 from pyarrow import fs
 
+from cache_builder.direct_file import DirectFile
 from shared.atomic import sync_file, sync_folder
 from shared.errors import ConfigError, DataError, StoreFull, StoreIO, StoreMissing
+from shared.page_cache import drop_cached
 
 CONNECT_TIMEOUT_S = 10.0
 REQUEST_TIMEOUT_S = 60.0
@@ -67,6 +68,15 @@ class Place:
         """What `name` is called in messages."""
         return f"{self.address.rstrip('/')}/{name}"
 
+    @property
+    def has_bucket(self) -> bool:
+        """Whether its bucket is there, or may be, where that cannot be told; a folder needs none."""
+        with suppress(OSError):
+            return self.is_local or bool(
+                self._files.get_file_info(self._root.partition("/")[0]).type != fs.FileType.NotFound
+            )
+        return True
+
     def size(self, name: str) -> int | None:
         """Bytes of a file; None where there is none. Raises StoreIO where that cannot be told."""
         with self._translated(name):
@@ -95,6 +105,12 @@ class Place:
         with self._translated(name):
             return self._files.open_input_file(self._path(name))
 
+    def drop_cached(self, name: str, start: int, end: int) -> None:
+        """Bytes [start, end) of a file here will not be read again (shared/page_cache)."""
+        if self.is_local:
+            with suppress(OSError):
+                drop_cached(Path(self._path(name)), start, end)
+
     def read(self, name: str, max_bytes: int) -> bytes:
         """The bytes of a file; raises DataError where it is not there or larger than `max_bytes`."""
         with self._translated(name), self._files.open_input_file(self._path(name)) as file:
@@ -118,8 +134,9 @@ class Place:
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
             try:
-                with pa.OSFile(str(temporary), "wb") as file:
+                with closing(DirectFile(temporary)) as file:
                     yield file
+                    file.finish()
                 sync_file(temporary)
                 os.replace(temporary, path)
             except BaseException:
@@ -162,6 +179,8 @@ def open_place(address: str | os.PathLike[str]) -> Place:
 def require_there(place: Place, name: str, way_out: str) -> None:
     """Raises StoreMissing where `name` is not at a place."""
     if place.size(name) is None:
+        if not place.has_bucket:
+            raise StoreMissing(f"{place.address}: there is no such bucket")
         raise StoreMissing(f"{place.address} holds no {name}: {way_out}")
 
 

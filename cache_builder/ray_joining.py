@@ -1,12 +1,15 @@
 """The door to Ray: a cluster that is joined, or a Ray of this machine alone that is started and ended with the block.
 
---ray-address -> joined_ray -> ray_runner.py                 Head.is_gone -> the build ends before Ray would end it
+--ray-address -> joined_ray -> ray_runner.py                 Head.gone -> the build ends before Ray would end it
 
-A Ray that is started here listens on loopback alone, has no dashboard and reports no usage.
+A Ray that is started here listens on loopback alone, has no dashboard and reports no usage. It asks for a token of its
+own that stands in no file; else Ray writes one into the home folder, maybe a read-only one, and later clusters ask
+for it.
 """
 
 import os
 import re
+import secrets
 import signal
 import socket
 import time
@@ -52,7 +55,7 @@ def joined_ray(address: str | None) -> Iterator[tuple[Any, Callable[[], str]]]:
     Raises ConfigError where Ray is not installed, or nobody answers at the address.
     """
     try:
-        os.environ |= _QUIET | (_JOINING if address else {})
+        os.environ |= _QUIET | (_JOINING if address else {"RAY_AUTH_TOKEN": secrets.token_hex(32)})
         os.environ |= {} if address and not address.startswith(_HERE) else _PRIVATE
         import ray
     except ModuleNotFoundError as error:

@@ -62,7 +62,7 @@ def serve(config: ServeConfig, options: ServeOptions = ServeOptions()) -> None:
         stack.callback(lease.release)
         log = RunLog(folder / "events.jsonl")
         stack.callback(log.close)
-        status = ServiceStatus(folder / "status.json", config.manifest, [str(one.root) for one in config.datasets])
+        status = ServiceStatus(folder / "status.json", config.manifest, [_address(one.root) for one in config.datasets])
         status.last_seal = read_last_seal(config.store, config.manifest)
         log.write("service_start", manifest=status.manifest, folders=status.folders)
         stack.callback(_note_stop, status, log)
@@ -225,6 +225,11 @@ class _Builds:
         self._blocked = f"another writer: {why}"
         self._agenda.again(LOCKED_S)
         self._status.rest("waiting", self._blocked)
+
+
+def _address(root: Path | str) -> str:
+    """A data set's root as whoever reads the status finds it, from any working directory."""
+    return str(root.absolute()) if isinstance(root, Path) else root
 
 
 def _check(config: ServeConfig) -> Path:

@@ -38,7 +38,7 @@ class ServiceRules(Config):
     pinned: tuple[str, ...] = ()
     """Digests of manifests that are kept besides; their first 8 digits or more."""
     ready: bool = True
-    """Whether the next build's process waits with its libraries loaded: 0.4 GB, and seconds less to a manifest."""
+    """Whether the next build's process waits with its libraries loaded: 0.5 GB, and seconds less to a manifest."""
 
     @model_validator(mode="after")
     def _keeps_one(self) -> "ServiceRules":

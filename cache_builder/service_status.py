@@ -39,7 +39,8 @@ class ServiceStatus:
     """Crops that are encoded, over the last minute of a build."""
     changed: int = 0
     builds: int = 0
-    quarantined: int = 0
+    quarantined: int | None = None
+    """None until a build of this service has looked at the pictures."""
     quarantine: Sequence[Mapping[str, str]] = ()
     last_seal: Mapping[str, Any] | None = None
     """{"digest", "time_s", "rows"} of the current manifest."""

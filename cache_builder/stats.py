@@ -19,7 +19,8 @@ from shared.conditioning import TEXT_LENGTH
 from shared.errors import RecordCorrupt
 from shared.manifest import Manifest
 from shared.manifest_shelf import Sealed, sealed_manifests
-from shared.store import Snapshot, StoreReader
+from shared.snapshot import Snapshot
+from shared.store import StoreReader
 from shared.store_card import read_card
 
 UNNAMED = "unnamed "  # before the kind of records that no manifest names

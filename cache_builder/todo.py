@@ -20,7 +20,8 @@ from cache_builder.sample_rows import PlannedCrop
 from cache_builder.samples import Samples
 from shared.conditioning import TEXT_LENGTH
 from shared.errors import RecordCorrupt, StoreFull
-from shared.store import Snapshot, Store
+from shared.snapshot import Snapshot
+from shared.store import Store
 from shared.text_encoders import TextFacts, TokenCount
 from shared.vae import VaeFacts
 

@@ -23,7 +23,8 @@ from cache_builder.scan_cache import FOLDER
 from shared.atomic import write_atomically
 from shared.errors import RecordCorrupt
 from shared.record import KEY_BYTES
-from shared.store import Snapshot, Store
+from shared.snapshot import Snapshot
+from shared.store import Store
 
 FILE = "truncated.known"
 MAGIC, VERSION = b"SXTK", 1

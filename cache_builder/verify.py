@@ -25,7 +25,8 @@ from shared.manifest_shelf import sealed_manifests
 from shared.progress import progress
 from shared.record import KEY_BYTES, Record
 from shared.runlog import RunLog
-from shared.store import Snapshot, Store, StoreReader, StoreWriter
+from shared.snapshot import Snapshot
+from shared.store import Store, StoreReader, StoreWriter
 
 RECORDS_AT_ONCE = 32  # read in one transaction
 SAMPLES_NAMED = 5  # of those that a bad record hits

@@ -35,7 +35,7 @@ def _cache_dashboard(
     from dashboard.server import serve
     from dashboard.watched import Watched
 
-    watched = Watched(store, tuple(run or ()), runs_under, tuple(source or ()))
+    watched = Watched(store.absolute(), tuple(run or ()), runs_under, tuple(source or ()))
     serve(make_app(watched, access), watched, host, port)
 
 

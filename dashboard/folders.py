@@ -1,10 +1,12 @@
 """Which folders are shown: those that were named, and those that come to be below one that was.
 
-A run folder has a config.toml or an events.jsonl (docs/formats.md), an evaluation's folder a report.json.
+A run folder has a config.toml or an events.jsonl (docs/formats.md), an evaluation's folder a report.json. One that
+may not be looked into is passed over: os.path answers False there, where pathlib raises, which would cost all others.
 """
 
 import contextlib
 import hashlib
+import os
 from pathlib import Path
 
 MOST_FOLDERS = 200  # below --runs-under
@@ -16,9 +18,9 @@ def find_folders(named: tuple[Path, ...], under: Path | None) -> tuple[list[Path
     inside: list[Path] = []
     if under is not None:
         with contextlib.suppress(OSError):  # it may come to be later
-            inside = sorted(path for path in under.iterdir() if path.is_dir() and not path.name.startswith("."))
+            inside = sorted(path for path in under.iterdir() if os.path.isdir(path) and not path.name.startswith("."))
     found = list(dict.fromkeys([*named, *(path for path in inside[:MOST_FOLDERS] if _is_ours(path))]))
-    evaluations = [path for path in found if (path / REPORT).exists()]
+    evaluations = [path for path in found if os.path.exists(path / REPORT)]
     return [path for path in found if path not in evaluations], evaluations
 
 
@@ -28,4 +30,4 @@ def folder_id(path: Path) -> str:
 
 
 def _is_ours(path: Path) -> bool:
-    return any((path / name).exists() for name in (REPORT, "config.toml", "events.jsonl"))
+    return any(os.path.exists(path / name) for name in (REPORT, "config.toml", "events.jsonl"))

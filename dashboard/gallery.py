@@ -23,7 +23,7 @@ from shared.manifest_shelf import Sealed
 from shared.pictures import PixelLimits, PixelRules, decode_image
 from shared.preview import preview_picture, read_preview
 from shared.small_pictures import exact_png, small_jpeg
-from shared.store import Snapshot
+from shared.snapshot import Snapshot
 
 PAGE = 24
 KEPT_ROWS = 2048

@@ -21,6 +21,7 @@ SERVICE = {
     "images_per_s": ("sdxl_build_images_per_second", "Rate of the build."),
     "changed": ("sdxl_service_changed_paths", "Paths that changed since the last build began, and wait for the next."),
     "builds": ("sdxl_service_builds", "Builds since the service started."),
+    "beat_s": ("sdxl_service_beat_timestamp_seconds", "When the service last said that it works."),
     "quarantined": ("sdxl_quarantined_pictures", "Pictures that the last build set aside."),
 }
 RUN = {
@@ -54,7 +55,9 @@ class _Figures(Collector):
         yield from _plain(store, STORE)
         yield GaugeMetricFamily("sdxl_store_is_readable", "1 where the store can be read.", not store["why"])
         yield GaugeMetricFamily("sdxl_store_writer", "1 while a process writes the store.", store["writer"] is not None)
-        yield GaugeMetricFamily("sdxl_bad_records", "Records that were set aside.", len(store["bad_records"]))
+        yield GaugeMetricFamily(
+            "sdxl_bad_records", "Records set aside and not encoded anew.", len(store["bad_records"])
+        )
         samples = GaugeMetricFamily("sdxl_manifest_samples", "Samples of a current manifest.", labels=["manifest"])
         for one in store["data"]:
             samples.add_metric([one["name"]], one["samples"])
@@ -63,12 +66,11 @@ class _Figures(Collector):
         yield from _plain(service, SERVICE)
         if service.get("total") is not None and service.get("done") is not None:
             waiting = max(0.0, service["total"] - service["done"])
-            yield GaugeMetricFamily("sdxl_build_queue", "Pictures that the build has still to do.", waiting)
-        seal = service.get("last_seal")
-        if seal and seal["time_s"] is not None:
-            yield GaugeMetricFamily(
-                "sdxl_last_seal_timestamp_seconds", "When a manifest was sealed last.", seal["time_s"]
-            )
+            about = "Of the build's phase (pictures, captions), what is still to do."
+            yield GaugeMetricFamily("sdxl_build_queue", about, waiting)
+        if sealed := [one["sealed_s"] for one in store["manifests"] if one["sealed_s"] is not None]:
+            about = "When a manifest was sealed last, by the service or by hand."
+            yield GaugeMetricFamily("sdxl_last_seal_timestamp_seconds", about, max(sealed))
         yield from self._of_runs()
 
     def _of_runs(self) -> Iterator[GaugeMetricFamily]:

@@ -4,6 +4,8 @@ RUN/config.toml, expert.json, run.lock, events.jsonl -> WatchedRun -> /api/runs
 """
 
 import json
+import os
+import stat
 import threading
 import time
 import tomllib
@@ -13,10 +15,11 @@ from typing import Any
 
 from dashboard.folders import folder_id
 from dashboard.history import History
-from dashboard.sayings import QUIET, say_event
+from dashboard.sayings import ALARMS, QUIET, say_event
 from dashboard.tail import Event, Tail, number
 from shared.lease import listed_holder
 
+CARD, CONFIG = "expert.json", "config.toml"
 MOST_CARD_BYTES = 1 << 20
 POINTS_A_SECOND = 10_000  # curves of a long run are worked out less often: of 100,000 points every ten seconds
 Json = dict[str, Any]
@@ -55,14 +58,18 @@ class WatchedRun:
     def as_json(self) -> Json:
         """Everything that the page says of it."""
         card, config = self._card(), self._config()
+        damaged = [
+            name for name, found in ((CARD, card), (CONFIG, config)) if not found and os.path.isfile(self.folder / name)
+        ]
         with self._reading:
             history = self.history
             drawn = self._curves()
             step, speed, latest = history.step(), history.steps_per_s(), history.latest
             ended, has_begun = history.ended, bool(history.told) or history.points > 0
-            share = self._tail.share
+            share, is_read = self._tail.share, self._tail.is_at_end()
         steps = number(config.get("steps"))
-        state = _state(listed_holder(self.folder / "run.lock") is not None, ended, has_begun, step)
+        is_held = listed_holder(self.folder / "run.lock") is not None
+        state = _state(is_held, ended, has_begun, step) if is_held or is_read else "reading"
         left = max(0.0, steps - step) / speed if steps and speed and state == "training" else None
         values = {name: number(latest.get(name)) for name in ("loss", "learning_rate", "data_wait_share", "skipped")}
         return {
@@ -72,6 +79,7 @@ class WatchedRun:
             "low": _whole(card.get("low"), _range(config, "low")),
             "high": _whole(card.get("high"), _range(config, "high")),
             "manifest": _manifest(card),
+            "why": f"{' and '.join(damaged)} cannot be read" if damaged else None,
             "state": state,
             "step": step,
             "steps": None if steps is None else int(steps),
@@ -93,17 +101,18 @@ class WatchedRun:
 
     def _card(self) -> Json:
         """The facts in expert.json; {} where there are none yet."""
-        facts = read_table(self.folder / "expert.json", json.loads).get("facts", {})
+        facts = read_table(self.folder / CARD, json.loads).get("facts", {})
         return facts if isinstance(facts, dict) else {}
 
     def _config(self) -> Json:
-        return read_table(self.folder / "config.toml", tomllib.loads)
+        return read_table(self.folder / CONFIG, tomllib.loads)
 
 
 def read_table(path: Path, parse: Callable[[str], Any], most_bytes: int = MOST_CARD_BYTES) -> Json:
     """What a small file holds; {} where it is absent, too large, damaged or no table: the page then says less."""
     try:
-        if path.stat().st_size > most_bytes:
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode) or found.st_size > most_bytes:  # a pipe would be waited for, for ever
             return {}
         table = parse(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -113,7 +122,8 @@ def read_table(path: Path, parse: Callable[[str], Any], most_bytes: int = MOST_C
 
 def told(event: Event, who: str) -> Json:
     """One event as the page shows it."""
-    return {"time_s": number(event.get("time_s")) or 0.0, "who": who, "event": event["event"], "text": say_event(event)}
+    kind, time_s = event["event"], number(event.get("time_s")) or 0.0
+    return {"time_s": time_s, "who": who, "event": kind, "text": say_event(event), "is_alarm": kind in ALARMS}
 
 
 def _state(is_held: bool, ended: str, has_begun: bool, step: int) -> str:

@@ -18,7 +18,8 @@ from dashboard.tail import Event, Tail, number
 from shared.atomic import write_atomically
 
 FOLDER = "service"
-ALIVE_S = 10.0  # a status is written every 2 s while something is built
+ALIVE_S = 10.0  # a status is written every 2 s at least
+SILENT_S = 30.0  # one that lives and has written nothing for so long hangs, or its disk does
 MOST_STATUS_BYTES = 4 << 20
 KEPT_EVENTS = 200
 MOST_ASIDE = 200
@@ -50,6 +51,7 @@ class Service:
         seal = said.get("last_seal")
         return {
             "is_alive": _is_alive(said),
+            "is_silent": time.time() - (number(said.get("beat_s")) or 0.0) > SILENT_S,
             "state": str(said.get("state", "")),
             "phase": None if said.get("phase") is None else str(said["phase"]),
             "manifest": str(said.get("manifest", "")),

@@ -4,16 +4,18 @@ No manifest stays open between two looks, and no transaction: whoever drops a ma
 for this page, not even for one that hangs.
 """
 
+import calendar
 import json
 import os
 import threading
+import time
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dashboard.tail import Tail
+from dashboard.set_aside import SetAside
 from shared.errors import ExpertsError, ManifestMismatch, StoreMissing
 from shared.lease import listed_holder
 from shared.manifest import Manifest
@@ -22,7 +24,6 @@ from shared.manifest_shelf import Sealed, sealed_manifests
 from shared.store import StoreReader
 
 KEPT_SUMMARIES = 16
-MOST_BAD_RECORDS = 100
 
 Json = dict[str, Any]
 
@@ -36,8 +37,7 @@ class StoreView:
         self._inode: tuple[int, int] | None = None
         self._opening = threading.Lock()
         self._summaries: OrderedDict[str, Json] = OrderedDict()
-        self._bad_records: list[Json] = []
-        self._quarantine = Tail(path / "quarantine" / "log.jsonl")
+        self._set_aside = SetAside(path)
 
     def reader(self) -> StoreReader:
         """The store, open to read; raises StoreMissing or another StoreError."""
@@ -63,12 +63,14 @@ class StoreView:
         facts: Json = {"path": str(self.path), "why": None, "records": 0, "file_bytes": 0, "used_bytes": 0}
         try:
             reader = self.reader()
+            bad = self._set_aside.still_lacking(reader)
             facts |= {"records": reader.count(), "used_bytes": reader.used_bytes()}
             facts["file_bytes"] = (self.path / "data.mdb").stat().st_size
         except (ExpertsError, OSError) as error:
             facts["why"] = str(error)
+            bad = self._set_aside.still_lacking(None)
         facts["writer"] = listed_holder(self.path / "writer.lock")
-        return facts | self._manifests() | {"bad_records": self._bad()}
+        return facts | self._manifests() | {"bad_records": bad}
 
     def current(self, name: str | None) -> Sealed:
         """The current manifest of a name, or of the first one; raises ManifestMismatch."""
@@ -109,16 +111,6 @@ class StoreView:
                 self._summaries.popitem(last=False)
         return {"name": sealed.name, **self._summaries[sealed.digest]}
 
-    def _bad(self) -> list[Json]:
-        """Records that `cache-store verify --quarantine` took out, newest last."""
-        if self._quarantine.was_replaced():
-            self._bad_records = []
-        while events := self._quarantine.read():
-            rows = [(f"record {event.get('key', '?')}", str(event.get("why", ""))) for event in events]
-            self._bad_records += [{"path": path, "reason": reason} for path, reason in rows]
-            del self._bad_records[:-MOST_BAD_RECORDS]
-        return self._bad_records
-
 
 def _seal(sealed: Sealed) -> Json:
     seal = json.loads(sealed.seal_bytes())
@@ -128,7 +120,16 @@ def _seal(sealed: Sealed) -> Json:
         "is_current": sealed.is_current,
         "rows": int(seal.get("rows", 0)),
         "sealed_at": str(seal.get("sealed_at", "")),
+        "sealed_s": _seconds(str(seal.get("sealed_at", ""))),
     }
+
+
+def _seconds(sealed_at: str) -> float | None:
+    """Since 1970; None for what is no time."""
+    try:
+        return float(calendar.timegm(time.strptime(sealed_at, "%Y-%m-%dT%H:%M:%SZ")))
+    except ValueError:
+        return None
 
 
 def _summarise(manifest: Manifest) -> Json:

@@ -4,6 +4,7 @@ RUN/events.jsonl, STORE/service/events.jsonl -> Tail.read -> history.py, service
 """
 
 import os
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,8 @@ class Tail:
             found = os.stat(self.path)
         except OSError:
             found = None
-        inode, self.size_bytes = (found.st_ino, found.st_size) if found else (-1, 0)
+        is_file = found is not None and stat.S_ISREG(found.st_mode)  # a pipe would be waited for, for ever
+        inode, self.size_bytes = (found.st_ino, found.st_size) if found and is_file else (-1, 0)
         is_same = inode == self._inode and self.size_bytes >= self._offset
         if not is_same:
             self._inode, self._offset = inode, 0

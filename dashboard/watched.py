@@ -60,7 +60,7 @@ class Watched:
         self._named, self._under = runs, under
         self._runs: dict[Path, WatchedRun] = {}
         self._evaluations: dict[Path, WatchedEvaluation] = {}
-        self.look_s = LOOK_S
+        self.look_s, self.read_s = LOOK_S, READ_S
         self._looked_s = -1e9
         self._looking = threading.Lock()
         self.status = Kept(self._status)
@@ -99,7 +99,7 @@ class Watched:
 
     def _all_runs(self) -> Json:
         runs, evaluations = self._look()
-        until_s = time.monotonic() + READ_S
+        until_s = time.monotonic() + self.read_s
         unread = [run for run in runs if not run.read(until_s)]
         shown = newest(evaluations)
         pictures = shown.as_json() if shown else None
@@ -107,7 +107,7 @@ class Watched:
 
     def _events(self) -> Json:
         runs, _ = self._look()
-        until_s = time.monotonic() + READ_S
+        until_s = time.monotonic() + self.read_s
         told = self.service.told()
         for run in runs:
             run.read(until_s)

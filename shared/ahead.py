@@ -14,15 +14,33 @@ T = TypeVar("T")
 _END = object()
 
 
+class Dealt(Generic[T]):
+    """Items of which several threads each take the next one."""
+
+    def __init__(self, items: Iterable[T]) -> None:
+        self._items, self._taking = iter(items), threading.Lock()
+
+    def __iter__(self) -> Iterator[T]:
+        while True:
+            with self._taking:
+                item = next(self._items, _END)
+            if item is _END:
+                return
+            yield item  # type: ignore[misc]
+
+
 class Ahead(Generic[T]):
     """What `sources` give, in the order in which it is made; any number of threads may take from it.
 
-    Each source runs in a thread of its own and waits while `count` results are not taken yet: that bounds the memory.
-    An error of a source is raised to the taker after the results that came before it.
+    Each source runs in a thread of its own and rests when `count` results are not taken yet: that bounds the memory.
+    It goes on at `again_at` of them, by default as soon as one is taken; fewer let it make several at a stretch, which
+    disturbs the taker less often. An error of a source is raised to the taker after the results that came before it.
     """
 
-    def __init__(self, *sources: Iterable[T], count: int) -> None:
+    def __init__(self, *sources: Iterable[T], count: int, again_at: int | None = None) -> None:
         self._count, self._going = count, len(sources)
+        self._again_at = count - 1 if again_at is None else again_at
+        self._resting = False
         self._made: deque[T] = deque()
         self._changed = threading.Condition()
         self._error: BaseException | None = None
@@ -40,7 +58,8 @@ class Ahead(Generic[T]):
             self._changed.wait_for(lambda: self._made or self._error or self._stopped or not self._going)
             if self._made and not self._stopped:
                 item = self._made.popleft()
-                self._changed.notify_all()
+                if len(self._made) <= self._again_at:
+                    self._changed.notify_all()
                 return item
             if self._error and not self._stopped:
                 self._stopped = True
@@ -84,5 +103,12 @@ class Ahead(Generic[T]):
 
     def _has_room(self) -> bool:
         with self._changed:
-            self._changed.wait_for(lambda: self._stopped or self._error or len(self._made) < self._count)
+            self._changed.wait_for(lambda: self._stopped or self._error or not self._is_resting())
             return not (self._stopped or self._error)
+
+    def _is_resting(self) -> bool:
+        if len(self._made) >= self._count:
+            self._resting = True
+        elif len(self._made) <= self._again_at:
+            self._resting = False
+        return self._resting

@@ -41,11 +41,15 @@ class MicroConditioning:
     crop_top_left: tuple[int, int]
     target_hw: tuple[int, int]
 
+    def ids(self) -> tuple[int, ...]:
+        """The six ids in SDXL's order."""
+        return *self.original_hw, *self.crop_top_left, *self.target_hw
+
     def time_ids(self) -> "Tensor":
-        """The six ids in SDXL's order, fp32 [6]; half precision would round sizes above 2048."""
+        """The six ids, fp32 [6]; half precision would round sizes above 2048."""
         import torch
 
-        return torch.tensor([*self.original_hw, *self.crop_top_left, *self.target_hw], dtype=torch.float32)
+        return torch.tensor(self.ids(), dtype=torch.float32)
 
 
 def layout_embeds(layout: Layout, prompt_embeds: "Tensor", refiner_width: int) -> "Tensor":

@@ -8,7 +8,7 @@ Whoever has one open holds a shared flock on its .arrow file: nobody drops it me
 
 Rows are sorted by (dataset, bucket, sample id). The digest covers the schema version, the settings and the rows in that
 order: keys name inputs, so no digest depends on the bytes of a record. The doors to Arrow's files are this one,
-shared/manifest_rows.py and shared/manifest_columns.py.
+shared/manifest_rows.py, shared/manifest_columns.py and shared/manifest_shown.py.
 """
 
 import fcntl
@@ -42,6 +42,7 @@ from shared.manifest_rows import (
     read_row,
     schema_of,
 )
+from shared.manifest_shown import ShownRows, key_column, show_rows
 from shared.parts import PINNED_SAMPLES, Heads, Mask, Part, eval_order, in_any, joined_parts, parse_part
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -83,12 +84,12 @@ class Manifest:
     def latent_keys(self) -> np.ndarray[Any, np.dtype[np.bytes_]]:
         """Keys of the latents of every variant of every row, in order, S16 (numpy cuts trailing zeros)."""
         self.verified()
-        return _keys(self._table.column("variants").flatten().field("latent_key"))
+        return key_column(self._table.column("variants").flatten().field("latent_key"))
 
     def text_keys(self) -> np.ndarray[Any, np.dtype[np.bytes_]]:
         """Keys of the texts of every row, in order, S16; the empty prompt's is in the settings."""
         self.verified()
-        return _keys(self._table.column("texts").flatten())
+        return key_column(self._table.column("texts").flatten())
 
     def rows_naming(self, keys: Sequence[bytes]) -> list[int]:
         """Indices of the rows that name any of the record `keys`."""
@@ -112,7 +113,7 @@ class Manifest:
 
     def sample_heads(self, rows: np.ndarray[Any, Any] | None = None) -> Heads:
         """The first 32 bits of the sample id of each row, or of `rows`, uint32: what parts are told by."""
-        heads = _keys(self._table.column("sample_id")).view(">u4").reshape(-1, 4)[:, 0]
+        heads = key_column(self._table.column("sample_id")).view(">u4").reshape(-1, 4)[:, 0]
         return (heads if rows is None else heads[rows]).astype(np.uint32)
 
     def rows_in(self, parts: Sequence[Part]) -> Mask:
@@ -160,7 +161,7 @@ class Manifest:
     def all_sample_ids(self) -> np.ndarray[Any, np.dtype[np.bytes_]]:
         """Ids of all rows, in order, S16 (numpy cuts trailing zeros)."""
         self.verified()
-        return _keys(self._table.column("sample_id"))
+        return key_column(self._table.column("sample_id"))
 
     def sample_ids(self, indices: Sequence[int]) -> list[bytes]:
         """Ids of the rows at `indices`, in that order."""
@@ -174,6 +175,11 @@ class Manifest:
         """The rows at `indices`, in that order."""
         self.verified()
         return [read_row(row) for row in self._table.take(pa.array(indices, pa.int64())).to_pylist()]
+
+    def shown_rows(self) -> ShownRows:
+        """What a batch shows of each row, as views of the mapped columns."""
+        self.verified()
+        return show_rows(self._table)
 
     def buckets(self, split: Split = "train") -> list[Bucket]:
         """Rows of `split` by bucket, smallest bucket first; the same bucket of several data sets is one."""
@@ -375,13 +381,6 @@ def _hold(path: Path) -> int:
     except OSError:
         pass  # a file system without locks: reading goes before protection
     return hold
-
-
-def _keys(column: pa.Array) -> np.ndarray[Any, np.dtype[np.bytes_]]:
-    """A binary(16) column without a copy, as what numpy sorts."""
-    data = column.buffers()[1]
-    first = 16 * column.offset
-    return np.frombuffer(data, "S16", len(column), first) if len(column) else np.zeros(0, "S16")
 
 
 def _absent(folder: Path, digest: str | None) -> str:

@@ -13,7 +13,8 @@ from shared.weights import read_json_object
 
 COMPONENTS = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "unet", "scheduler")
 SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
-_SINGLE_FILE, _PICKLES = (".safetensors",), (".ckpt", ".pt", ".pth", ".bin")
+_PICKLES = (".ckpt", ".pt", ".pth", ".bin")
+FILE_SUFFIXES = (".safetensors", *_PICKLES)  # of one file as a model; the pickles are refused with a reason
 _TEXT_SUFFIXES = (".json", ".txt")
 _MOST_README, _LONGEST = 100_000, 300  # characters that are read of a card, and kept of what it says
 
@@ -28,7 +29,7 @@ def resolve_model(model: str, components: Sequence[str] = COMPONENTS, config: st
     Raises DataError where there is none such or something of it is missing, ConfigError where `config` is for nothing.
     """
     path = Path(model).expanduser()
-    if path.suffix in (*_SINGLE_FILE, *_PICKLES) and not path.is_dir():
+    if path.suffix in FILE_SUFFIXES and not path.is_dir():
         return _from_file(path, components, config)
     if config is not None:
         raise ConfigError(

@@ -77,9 +77,9 @@ def sample_timesteps(within: TimestepRange, count: int, generator: torch.Generat
 
 def stratify(within: TimestepRange, draws: Tensor) -> Tensor:
     """low + floor(n (i + u_i) / N) in exact integers; `draws` are u_i * 2**STRATUM_BITS, int64 [N]."""
-    count = len(draws)
-    strata = torch.arange(count, device=draws.device)
-    return within.low + (len(within) * ((strata << STRATUM_BITS) + draws)) // (count << STRATUM_BITS)
+    end = len(draws) << STRATUM_BITS
+    reached = torch.arange(0, end, 1 << STRATUM_BITS, device=draws.device).add_(draws)
+    return reached.mul_(len(within)).floor_divide_(end).add_(within.low)
 
 
 def cumulate(shares: Tensor) -> Tensor:

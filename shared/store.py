@@ -10,25 +10,25 @@ A live store is append-only, commits are synchronous, and "stored" is said only 
 
 import contextlib
 import errno
-import itertools
 import os
 import resource
 import shutil
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import lmdb
-import numpy as np
 
 from shared.atomic import sync_file, sync_folder
-from shared.errors import RecordCorrupt, StoreBusy, StoreError, StoreFormat, StoreFull, StoreIO, StoreMissing
+from shared.errors import StoreBusy, StoreError, StoreFormat, StoreFull, StoreIO, StoreMissing
 from shared.file_system import refuse_network
+from shared.kept_memory import keep_freed_memory
 from shared.lease import Lease
+from shared.page_cache import drop_cached
 from shared.preflight import check_data_file
-from shared.record import Array, Record, decode_record, frame_checksum
+from shared.snapshot import Snapshot
 from shared.store_card import read_card, refuse_foreign_folder, write_card
 
 MAP_SIZE_BYTES = 16 << 40  # address space, not memory or disk; the same for every process
@@ -36,76 +36,6 @@ MIN_MAP_SIZE_BYTES = 64 << 20
 MAX_READERS = 1024
 FREE_MARGIN_BYTES = 16 << 20
 KEYS_IN_A_PAGE = 4096  # listed in one transaction
-_INTEGERS = {dtype.itemsize: dtype for dtype in map(np.dtype, (np.uint8, np.uint16, np.uint32, np.uint64))}
-
-
-class Snapshot:
-    """One read transaction: everything read in it is of one moment. Lives for one batch at most."""
-
-    def __init__(self, transaction: Any) -> None:
-        self._transaction: Any = transaction
-
-    def has(self, key: bytes) -> bool:
-        """Whether a record is stored under `key`; does not read it."""
-        return self._transaction.get(key) is not None
-
-    def has_each(self, keys: Iterable[bytes]) -> list[bool]:
-        """Whether a record is stored under each of `keys`; sorted ones are found fastest."""
-        with self._transaction.cursor() as cursor:
-            return [cursor.set_key(key) for key in keys]
-
-    def read(self, key: bytes) -> Record:
-        """A copy of the record of `key`; raises RecordCorrupt where it is absent or damaged."""
-        return decode_record(key, bytes(self._view(key)))
-
-    def copy_into(self, key: bytes, targets: Mapping[str, Array]) -> Mapping[str, Any]:
-        """Verify the record of `key`, copy its tensors straight from the map into `targets`, return its meta.
-
-        Targets are C-contiguous arrays of the tensors' dtypes and shapes; raises RecordCorrupt where the record has
-        other tensors, or is absent or damaged; targets may then be partly written.
-        """
-        record = decode_record(key, self._view(key))
-        for name, target in targets.items():
-            source = record.tensors.get(name)
-            if source is None or source.shape != target.shape or source.dtype != target.dtype:
-                found = "absent" if source is None else f"{source.dtype} {source.shape}"
-                raise RecordCorrupt(
-                    f"record {key.hex()}: tensor {name!r} is {found}, not {target.dtype} {target.shape}"
-                )
-            if not target.flags.c_contiguous:
-                raise ValueError(f"target of tensor {name!r} is not C-contiguous")
-            # As integers: copies through half-precision views run at half the rate.
-            integers = _INTEGERS[target.dtype.itemsize]
-            target.view(integers)[...] = source.view(integers)
-        return record.meta
-
-    def raw(self, key: bytes) -> bytes:
-        """A copy of the bytes under `key`, unverified: what a quarantine keeps; raises RecordCorrupt where absent."""
-        return bytes(self._view(key))
-
-    def checksums(self, keys: Iterable[bytes]) -> list[bytes]:
-        """What the frame of each key says its checksum is, unverified; raises RecordCorrupt where one is absent."""
-        return [frame_checksum(self._view(key)) for key in keys]
-
-    def sizes_after(self, key: bytes | None, count: int) -> list[tuple[bytes, int]]:
-        """The first `count` keys in order that come after `key`, or of all, with the bytes of their records."""
-        with self._transaction.cursor() as cursor:
-            found = cursor.first() if key is None else cursor.set_range(key)
-            if found and cursor.key() == key:
-                found = cursor.next()
-            items = cursor.iternext(keys=True, values=True) if found else ()
-            return [(bytes(each), len(view)) for each, view in itertools.islice(items, count)]
-
-    def end(self) -> None:
-        """End the transaction and let go of it: one kept alive keeps a reader's slot, which a fork would share."""
-        self._transaction.abort()
-        self._transaction = None
-
-    def _view(self, key: bytes) -> memoryview:
-        view: memoryview | None = self._transaction.get(key)
-        if view is None:
-            raise RecordCorrupt(f"record {key.hex()} is not in the store")
-        return view
 
 
 class _Environment:
@@ -255,6 +185,7 @@ class StoreWriter(_Environment):
         refuse_foreign_folder(path)
         path.mkdir(parents=True, exist_ok=True)
         super().__init__(path)
+        keep_freed_memory()
         self._lease = Lease(path / "writer.lock", f"store {path} is being written", "wait for it (--wait)", wait=wait)
         try:
             self._prepare()
@@ -262,13 +193,19 @@ class StoreWriter(_Environment):
             self._lease.release()
             raise
 
-    def put_many(self, records: Sequence[tuple[bytes, bytes | memoryview]]) -> int:
+    def put_many(self, records: Sequence[tuple[bytes, bytes | memoryview]], *, cached: bool = True) -> int:
         """Commit framed records under their keys, durably, and return how many were new; present keys stay as they are.
 
+        Unless `cached`, what the file has grown by leaves the page cache: where far more is put than is read soon.
         Raises StoreFull or StoreIO; then nothing of this batch is stored and everything before it is.
         """
         self._check_space(sum(len(value) for _, value in records))
-        return self._commit(lambda transaction: sum(transaction.put(*record, overwrite=False) for record in records))
+        data = self.path / "data.mdb"
+        before = data.stat().st_size
+        new = self._commit(lambda transaction: sum(transaction.put(*record, overwrite=False) for record in records))
+        if not cached:
+            drop_cached(data, before, data.stat().st_size)
+        return new
 
     def delete_many(self, keys: Sequence[bytes]) -> int:
         """Delete the records of `keys`, durably, and return how many there were: quarantine and garbage collection.

@@ -62,6 +62,14 @@ def adapter_weights(unet: nn.Module, name: str) -> dict[str, nn.Parameter]:
     return {file_name(own, name): weight for own, weight in named if ".lora_" in own and f".{name}." in own}
 
 
+def adapter_scales(unet: nn.Module, name: str) -> set[float]:
+    """What an adapter's layers are scaled by: alpha / rank."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = (layer for layer in unet.modules() if isinstance(layer, BaseTunerLayer))
+    return {layer.scaling[name] for layer in layers if name in layer.scaling}
+
+
 def file_name(parameter: str, adapter: str) -> str:
     """What a parameter of an adapter is called on disk: without the adapter's name, its UNet's before it."""
     matrix, _, rest = parameter.partition(f".{adapter}.")

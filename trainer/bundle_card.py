@@ -37,6 +37,7 @@ def stage_card(stage: Stage, form: str, model: str) -> str:
     """README.md of one stage."""
     facts = stage.facts
     fractions = [f"{key}={value:g}" for key, value in _fractions(stage)]
+    base = model if stage.is_on_model else facts.base_model or "another"
     asked = f" Ask its pipeline for its own part alone: {code(', '.join(fractions))}." if fractions else ""
     return "\n\n".join(
         (
@@ -44,7 +45,7 @@ def stage_card(stage: Stage, form: str, model: str) -> str:
             f"# {code(facts.name)}: {_line(stage)}",
             f"Stage {stage.number} of {stage.count} of a bundle; the card beside this folder says how they draw "
             f"together.{asked}",
-            f"What it was made of: [expert/README.md](expert/README.md). Base model: {code(model)}.",
+            f"What it was made of: [expert/README.md](expert/README.md). Base model: {code(base)}.",
         )
     ) + "\n"  # fmt: skip
 
@@ -52,13 +53,27 @@ def stage_card(stage: Stage, form: str, model: str) -> str:
 def how_to_draw(stages: Sequence[Stage], form: str, model: str) -> str:
     """A script, or what to open, for the form."""
     lines = ["import torch", f"from diffusers import {', '.join(_needed(stages))}", "", 'BUNDLE = "THIS FOLDER"']
-    if any(stage.is_adapter for stage in stages):
-        lines.append(f'BASE = "{_safe(model)}"  # the model that the adapters stand on')
+    lines += _bases(stages, model)
     lines.append(f'settings = {{"prompt": "a cat on a wall", "num_inference_steps": 40, {_guidance(stages[0])}}}')
     for stage in stages:
         lines += ["", *_load(stage, form), *_draw(stage)]
     lines.append('image[0].save("picture.png")')
     return fence("\n".join(lines), "python")
+
+
+def _bases(stages: Sequence[Stage], model: str) -> Iterator[str]:
+    """Names of what adapters stand on: the bundle's model, or what an expert of its own began with."""
+    adapters = [stage for stage in stages if stage.is_adapter]
+    if any(stage.is_on_model for stage in adapters):
+        yield f'BASE = "{_safe(model)}"  # the model that the adapters stand on'
+    for stage in adapters:
+        start, number = stage.facts.start, stage.number
+        if not stage.is_on_model:
+            own = _safe(stage.facts.base_model or "ITS MODEL")
+            yield f'BASE_{number} = "{own}"  # the model that the adapter of {stage.folder} was trained with'
+        if not stage.is_on_model and start:
+            step = f"step {start.step} of {_safe(start.name)}"
+            yield f'UNET_{number} = "{start.weights}"  # the UNet on which it stands, of {step}'
 
 
 def _blended(stage: Stage) -> str:
@@ -82,7 +97,9 @@ def _losses(losses: Sequence[WholeLoss]) -> Iterator[str]:
 def _load(stage: Stage, form: str) -> list[str]:
     name, kind = stage.folder, _pipeline(stage)
     folder = f'f"{{BUNDLE}}/{name}"'
-    source = "BASE" if stage.is_adapter else folder
+    source = _base(stage) if stage.is_adapter else folder
+    if stage.is_adapter:  # whose base may have another null prompt than it was trained with
+        source += f", force_zeros_for_empty_prompt={stage.facts.null_prompt == 'zeros'}"
     lines = [f"{name} = {kind}.from_pretrained({source})"]
     if form == "single-file":
         lines = [f'{name} = {kind}.from_single_file(f"{{BUNDLE}}/{name}.safetensors", config={folder})']
@@ -99,6 +116,14 @@ def _load(stage: Stage, form: str) -> list[str]:
     return lines
 
 
+def _base(stage: Stage) -> str:
+    """What its pipeline is loaded with, in the script."""
+    if stage.is_on_model:
+        return "BASE"
+    base, unet = f"BASE_{stage.number}", f"UNET_{stage.number}"
+    return f"{base}, unet=UNet2DConditionModel.from_pretrained({unet})" if stage.facts.start else base
+
+
 def _draw(stage: Stage) -> list[str]:
     given = ["**settings", *(f"{key}={value:g}" for key, value in _fractions(stage))]
     given += [] if stage.number == 1 else ["image=image"]
@@ -107,7 +132,9 @@ def _draw(stage: Stage) -> list[str]:
 
 
 def _needed(stages: Sequence[Stage]) -> list[str]:
-    return [*sorted({_pipeline(stage) for stage in stages}), "UniPCMultistepScheduler"]
+    begun = any(stage.is_adapter and not stage.is_on_model and stage.facts.start for stage in stages)
+    unet = ["UNet2DConditionModel"] if begun else []
+    return [*sorted({_pipeline(stage) for stage in stages}), *unet, "UniPCMultistepScheduler"]
 
 
 def _pipeline(stage: Stage) -> str:

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shared.command import one_line
 from shared.device import choose_device
 from shared.errors import ContractError
-from trainer.adapter import ADAPTER_FILE
+from trainer.adapter import ADAPTER_FILE, adapter_scales, adapter_weights
 from trainer.bundle_stage import Stage
 from trainer.schedulers import SCHEDULERS, make_scheduler
 from trainer.unet import load_unet
@@ -73,16 +74,54 @@ def load_pipeline(folder: Path, stage: Stage, model: Path, dtype: torch.dtype) -
 
 
 def load_with_adapter(stage: Stage, model: Path, dtype: torch.dtype, folder: Path, file: Path) -> Any:
-    """A stage's pipeline on the model that its adapter stands on: its scheduler of `folder`, itself of `file`."""
+    """A stage's pipeline on the UNet that its adapter stands on: its scheduler of `folder`, itself of `file`.
+
+    Raises ContractError where diffusers does not read the whole adapter back.
+    """
     from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline, UniPCMultistepScheduler
 
     kind = StableDiffusionXLPipeline if stage.number == 1 else StableDiffusionXLImg2ImgPipeline
     with quiet():
-        scheduler = UniPCMultistepScheduler.from_pretrained(folder, subfolder="scheduler")
-        unet = load_unet(stage.unet, torch.device("cpu"), dtype)
-        pipeline = kind.from_pretrained(model, unet=unet, scheduler=scheduler, use_safetensors=True, dtype=dtype)
-        pipeline.load_lora_weights(file.parent, weight_name=file.name)
-        return pipeline
+        parts: dict[str, Any] = {
+            "scheduler": UniPCMultistepScheduler.from_pretrained(folder, subfolder="scheduler"),
+            "unet": load_unet(stage.unet, torch.device("cpu"), dtype),
+        }
+        if stage.facts.layout == "sdxl-refiner":  # the model is a base: the refiner's pipeline is made of its parts
+            is_zeros = stage.facts.null_prompt == "zeros"
+            parts |= {"text_encoder": None, "tokenizer": None}
+            parts |= {"requires_aesthetics_score": True, "force_zeros_for_empty_prompt": is_zeros}
+        pipeline = kind.from_pretrained(model, **parts, use_safetensors=True, dtype=dtype)
+        try:
+            pipeline.load_lora_weights(file.parent, weight_name=file.name)
+        except (KeyError, ValueError) as error:  # names that it cannot take apart
+            raise _unread(stage, f"{type(error).__name__}: {one_line(str(error))}") from None
+    _check_adapter(stage, pipeline.unet)
+    return pipeline
+
+
+def _check_adapter(stage: Stage, unet: Any) -> None:
+    """Compare what diffusers has read with what was saved: layers that it does not know, it leaves out."""
+    adapter, saved = stage.facts.adapter, stage.checkpoint.weights(stage.weights)
+    assert adapter is not None
+    name = next(iter(getattr(unet, "peft_config", {})), "")
+    there = adapter_weights(unet, name)
+    lost = [key for key, tensor in saved.items() if key not in there or not _is_rounded(there[key], tensor)]
+    if lost or there.keys() != saved.keys():
+        raise _unread(stage, f"{len(lost)} of {len(saved)} tensors are not what they were")
+    if adapter_scales(unet, name) != {adapter.alpha / adapter.rank}:
+        raise _unread(stage, "its alpha is lost")
+
+
+def _is_rounded(read: Tensor, saved: Tensor) -> bool:
+    """Whether one is the other, to what fp16 or bf16 make of it."""
+    return read.shape == saved.shape and torch.allclose(read.float().cpu(), saved.float(), rtol=0.01, atol=1e-6)
+
+
+def _unread(stage: Stage, why: str) -> ContractError:
+    return ContractError(
+        f"diffusers does not read the adapter of {stage.folder} back ({why}); other programs may: --no-prove hands it "
+        "over without this proof"
+    )
 
 
 @contextmanager

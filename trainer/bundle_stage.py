@@ -32,6 +32,7 @@ class Stage:
     unet: Path  # folder of the whole UNet: the expert's own, or the one that an adapter stands on
     is_merged: bool  # an adapter is added to its UNet
     dtype: FloatDtype | None  # None: as it was saved
+    is_on_model: bool = True  # it is no adapter, or stands on the UNet of the bundle's model
     blend: "Blend | None" = None  # it is one model with another
 
     @property
@@ -173,6 +174,7 @@ def read_stages(
             unet=folder,
             is_merged=checkpoint.card.facts.adapter is not None and is_merged(checkpoint.card.facts),
             dtype=dtype,
+            is_on_model=checkpoint.card.facts.adapter is None or folder == model / "unet",
         )
         for number, (checkpoint, folder) in enumerate(zip(checkpoints, folders, strict=True), 1)
     ]

@@ -2,7 +2,7 @@
 
 A share that runs with t lets an expert hear of the caption where that decides, and do without where it does not.
 
-config -> dropout_shares, once; batch, t -> drop_captions -> the batch that loss.py shows the UNet
+config -> dropout_shares, once; batch, t -> may_drop? -> drop_captions -> the batch that loss.py shows the UNet
 """
 
 from collections.abc import Sequence
@@ -42,6 +42,11 @@ def dropout_shares(dropout: DropoutByTimestep, within: TimestepRange) -> Tensor:
     return torch.linspace(dropout.low, dropout.high, len(within), dtype=torch.float32)
 
 
+def may_drop(places: Sequence[tuple[int, int]], most: float, seed: int) -> bool:
+    """Whether the draws can take any caption at these places, where no share is above `most`; no tensor is asked."""
+    return any(_draw(seed, place) < most for place in places)
+
+
 def drop_captions(batch: Batch, shares: Tensor, null_text: PromptEmbeds | None, seed: int) -> Batch:
     """The batch with `null_text` [1, ...], or zeros for None, in place of the captions that the draws take.
 
@@ -61,4 +66,8 @@ def drop_captions(batch: Batch, shares: Tensor, null_text: PromptEmbeds | None, 
 
 def _uniform(seed: int, places: Sequence[tuple[int, int]]) -> Tensor:
     """A number in [0, 1) for each sample, fp32 [B], on the host."""
-    return torch.tensor([derive_seed(seed, "dropout", *place) / 2**63 for place in places])
+    return torch.tensor([_draw(seed, place) for place in places])
+
+
+def _draw(seed: int, place: tuple[int, int]) -> float:
+    return derive_seed(seed, "dropout", *place) / 2**63

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, TypeVar
 import typer
 
 from shared.command import run_command, yield_idle_threads
+from shared.errors import ConfigError
 from trainer import options
 
 if TYPE_CHECKING:
@@ -228,6 +229,8 @@ def _evaluate_experts(
         base=resolve_base(base),
         pictures=wish,
     )
+    if tracker and not watch:
+        raise ConfigError("--tracker draws the curves of --watch: give that too")
     if watch:
         from trainer.watch import watch as follow
 

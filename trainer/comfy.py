@@ -28,14 +28,15 @@ def checkpoint_workflow(stages: Sequence[Stage]) -> dict[str, Node]:
     return _drawn(nodes, stages, [stage.folder for stage in stages])
 
 
-def lora_workflow(stages: Sequence[Stage], base: str) -> dict[str, Node]:
-    """The workflow of adapters on the checkpoint whose file is called `base`, loaded once: node by name."""
-    nodes = {"base": _node("CheckpointLoaderSimple", ckpt_name=base)}
-    for stage in stages:
+def lora_workflow(stages: Sequence[Stage], bases: Sequence[str]) -> dict[str, Node]:
+    """The workflow of adapters on checkpoints, `bases` naming each stage's file, each loaded once: node by name."""
+    names = {file: f"base_{n}" if n > 1 else "base" for n, file in enumerate(dict.fromkeys(bases), 1)}
+    nodes = {name: _node("CheckpointLoaderSimple", ckpt_name=file) for file, name in names.items()}
+    for stage, file in zip(stages, bases, strict=True):
         nodes[stage.folder] = _node(
-            "LoraLoaderModelOnly", model=["base", 0], lora_name=f"{stage.folder}.safetensors", strength_model=1.0
+            "LoraLoaderModelOnly", model=[names[file], 0], lora_name=f"{stage.folder}.safetensors", strength_model=1.0
         )
-    return _drawn(nodes, stages, ["base" for _ in stages])
+    return _drawn(nodes, stages, [names[file] for file in bases])
 
 
 def step_range(stage: Stage, steps: int) -> tuple[int, int]:

@@ -4,8 +4,9 @@ Which of its crops and captions a sample shows are draws labelled by (epoch, pos
 here because they decide what is read.
 """
 
+import functools
 import itertools
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -16,14 +17,16 @@ from shared.contract import NullPrompt
 from shared.errors import DataError, RecordCorrupt
 from shared.latents import LatentMoments
 from shared.manifest import Manifest
-from shared.manifest_rows import ManifestRow, Variant
+from shared.manifest_shown import ShownCrop, ShownRows
+from shared.record import Array
 from shared.seeding import derive_seed
 from shared.store import StoreReader
 from trainer.batch import Batch
 from trainer.packed_rows import row_after
 from trainer.sampler import MicroBatch, Pool
 
-AHEAD = 3  # micro-batches that wait, ready, for the UNet
+AHEAD = 7  # micro-batches that wait, ready, for the UNet, at most
+READ_AGAIN_AT = 3  # of them: read one by one, they would take the processor from every step
 MAX_CORRUPT_SHARE = 0.001
 TEXT_TENSORS = ("prompt_embeds", "pooled_prompt_embeds")
 
@@ -63,34 +66,43 @@ class BatchReader:
                 self._note(error, indices[error.index])
                 indices[error.index] = self._next(micro, error.index, indices[error.index])
 
-    def _fill(self, micro: MicroBatch, indices: list[int]) -> Batch:
-        rows = self._manifest.rows(indices)
+    @functools.cached_property
+    def _shown(self) -> ShownRows:
+        return self._manifest.shown_rows()  # waits until the manifest is verified
+
+    def _fill(self, micro: MicroBatch, rows: Sequence[int]) -> Batch:
         mean, logvar, embeds, pooled = self._buffers(micro.bucket_hw, len(rows))
-        variants = [self._variant(row, place) for row, place in zip(rows, micro.places(), strict=True)]
+        latents = {"mean": mean.numpy()} | ({} if logvar is None else {"logvar": logvar.numpy()})
+        text = {"prompt_embeds": embeds.numpy(), "pooled_prompt_embeds": pooled.numpy()}
+        places = micro.places()
+        crops = [self._crop(row, place) for row, place in zip(rows, places, strict=True)]
         captions = micro.captions or (None,) * len(rows)
         with self._store.snapshot() as snapshot:
-            for i, (row, place) in enumerate(zip(rows, micro.places(), strict=True)):
-                latents = {"mean": mean[i].numpy()} | ({} if logvar is None else {"logvar": logvar[i].numpy()})
-                text = {"prompt_embeds": embeds[i].numpy(), "pooled_prompt_embeds": pooled[i].numpy()}
+            for i, (row, place) in enumerate(zip(rows, places, strict=True)):
                 try:
-                    snapshot.copy_into(variants[i].latent_key, latents)
-                    key = row.text_keys[self._choose(len(row.text_keys), place, captions[i])]
-                    snapshot.copy_into(key, text)
+                    snapshot.copy_into(crops[i].latent_key, _sample(latents, i))
+                    snapshot.copy_into(self._text_key(row, place, captions[i]), _sample(text, i))
                 except RecordCorrupt as error:
-                    raise _CorruptSample(i, row.path, str(error)) from None
+                    raise _CorruptSample(i, str(error)) from None
+        sizes = [
+            MicroConditioning(self._shown.original_hw(row), crop.crop_top_left, crop.target_hw)
+            for row, crop in zip(rows, crops, strict=True)
+        ]
         time_ids = self._empty(len(rows), 6, dtype=torch.float32)
-        for i, (row, variant) in enumerate(zip(rows, variants, strict=True)):
-            time_ids[i] = MicroConditioning(row.original_hw, variant.crop_top_left, variant.target_hw).time_ids()
-        return Batch(LatentMoments(mean, logvar), PromptEmbeds(embeds, pooled), time_ids, micro.places())
+        time_ids.numpy()[:] = [size.ids() for size in sizes]
+        return Batch(LatentMoments(mean, logvar), PromptEmbeds(embeds, pooled), time_ids, places)
 
-    def _variant(self, row: ManifestRow, place: tuple[int, int]) -> Variant:
-        return row.variants[int(self._uniform("variant", place) * len(row.variants))]
+    def _crop(self, row: int, place: tuple[int, int]) -> ShownCrop:
+        return self._shown.variant(row, self._draw("variant", place, self._shown.variant_count(row)))
 
-    def _choose(self, count: int, place: tuple[int, int], caption: int | None) -> int:
-        """Which of `count` captions; one that was named may be of a row that this one stands in for."""
+    def _text_key(self, row: int, place: tuple[int, int], caption: int | None) -> bytes:
+        """Key of the caption that is shown; one that was named may be of a row that this one stands in for."""
+        count = self._shown.text_count(row)
         if caption is not None:
-            return caption % count
-        return 0 if self._captions == "first" else int(self._uniform("caption", place) * count)
+            which = caption % count
+        else:
+            which = 0 if self._captions == "first" else self._draw("caption", place, count)
+        return self._shown.text_key(row, which)
 
     def _buffers(
         self, bucket_hw: tuple[int, int], count: int
@@ -104,8 +116,9 @@ class BatchReader:
     def _empty(self, *shape: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, pin_memory=self._pin)
 
-    def _uniform(self, what: str, place: tuple[int, int]) -> float:
-        return derive_seed(self._seed, what, *place) / 2**63
+    def _draw(self, what: str, place: tuple[int, int], count: int) -> int:
+        """One of `count`, equally likely."""
+        return int(derive_seed(self._seed, what, *place) / 2**63 * count) if count > 1 else 0
 
     def _next(self, micro: MicroBatch, index: int, row: int) -> int:
         """The row after `row` in its bucket, round to the one that sample `index` began with."""
@@ -121,18 +134,23 @@ class BatchReader:
         if row in self._corrupt:
             return
         self._corrupt.add(row)
-        self._on_corrupt(error.path, error.reason)
+        path = self._manifest.rows([row])[0].path
+        self._on_corrupt(path, error.reason)
         if len(self._corrupt) > max(1.0, MAX_CORRUPT_SHARE * len(self._manifest)):
             raise DataError(
-                f"{len(self._corrupt)} samples of manifest {self._manifest.name!r} are corrupt, last {error.path}: "
+                f"{len(self._corrupt)} samples of manifest {self._manifest.name!r} are corrupt, last {path}: "
                 f"{error.reason}; cache-store verify --quarantine and the same cache-build mend the store"
             )
 
 
+def _sample(arrays: Mapping[str, Array], i: int) -> dict[str, Array]:
+    return {name: array[i] for name, array in arrays.items()}
+
+
 class _CorruptSample(Exception):
-    def __init__(self, index: int, path: str, reason: str) -> None:
+    def __init__(self, index: int, reason: str) -> None:
         super().__init__(reason)
-        self.index, self.path, self.reason = index, path, reason  # index: in its micro-batch
+        self.index, self.reason = index, reason  # index: in its micro-batch
 
 
 def read_null_text(
@@ -149,5 +167,5 @@ def read_null_text(
 
 def prefetch(read: Callable[[int], Batch], start: int) -> Generator[Batch, None, None]:
     """read(start), read(start + 1), ... from one thread that stays AHEAD; its errors are raised here."""
-    with Ahead(map(read, itertools.count(start)), count=AHEAD) as ready:
+    with Ahead(map(read, itertools.count(start)), count=AHEAD, again_at=READ_AGAIN_AT) as ready:
         yield from ready

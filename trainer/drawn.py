@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 
 from shared.contract import StartFacts
-from shared.errors import ConfigError, ContractError
-from shared.model_folder import COMPONENTS, resolve_model
+from shared.errors import ConfigError, ContractError, DataError
+from shared.model_folder import COMPONENTS, FILE_SUFFIXES, resolve_model
 from trainer.adapter import adapter_weights, load_adapter
 from trainer.checkpoint import Checkpoint, open_checkpoint, open_expert
 from trainer.ensemble import Expert
@@ -29,8 +29,17 @@ def needed_components(experts: Sequence[Path]) -> tuple[str, ...]:
 
 
 def resolve_base(base: Path | None) -> Path | None:
-    """What `--base` names; one .safetensors file is taken as `--model` takes it."""
-    return resolve_model(str(base), ("unet",)) if base is not None and base.is_file() else base
+    """What `--base` names; one .safetensors file is taken as `--model` takes it.
+
+    Raises DataError where nothing is there, or a file that is no model.
+    """
+    if base is None or base.is_dir():
+        return base
+    if not base.exists():
+        raise DataError(f"--base {base}: nothing is there")
+    if base.suffix not in FILE_SUFFIXES:
+        raise DataError(f"--base {base} is neither a folder nor a .safetensors file")
+    return resolve_model(str(base), ("unet",))
 
 
 def find_bases(checkpoints: Sequence[Checkpoint], model: Path, base: Path | None) -> list[Path]:

@@ -18,19 +18,24 @@ Each = Mapping[tuple[str, int], tuple[int, float]]
 
 
 def standard_error(terms: Sequence[tuple[float, Each]]) -> float | None:
-    """Of a weighted sum of means, each over draws; None where there are too few draws to tell."""
+    """Of a weighted sum of means, each over draws; None where there are too few draws to tell.
+
+    A draw that is alone in its stretch differs from nothing, which is not certainty: no more than half may be so.
+    """
     sums: dict[str, float] = defaultdict(float)
     draws = groups = 0
+    alone = whole = 0.0
     for weight, each in terms:
         stretches: dict[int, list[tuple[str, float]]] = defaultdict(list)
         for (sample, _), (t, loss) in each.items():
             stretches[t // BIN].append((sample, loss))
-        draws, groups = draws + len(each), groups + len(stretches)
+        draws, groups, whole = draws + len(each), groups + len(stretches), whole + abs(weight)
+        alone += abs(weight) * sum(len(own) == 1 for own in stretches.values()) / max(len(each), 1)
         for own in stretches.values():
             mean = sum(loss for _, loss in own) / len(own)
             for sample, loss in own:
                 sums[sample] += weight * (loss - mean) / len(each)
-    if len(sums) < 2 or draws <= groups:
+    if len(sums) < 2 or draws <= groups or alone > whole / 2:
         return None
     few = len(sums) / (len(sums) - 1) * (draws - 1) / (draws - groups)
     return math.sqrt(few * sum(value * value for value in sums.values()))

@@ -3,7 +3,7 @@
 unet.down_blocks.1.attentions.0...to_q.lora_A.weight -> lora_unet_input_blocks_4_1_..._to_q.lora_down.weight
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +45,7 @@ def write_kohya(stages: Sequence[Stage], model: Path, out: Path) -> dict[str, st
         sums[name] = write_lazily(out / name, kohya_tensors(stage), kohya_metadata(stage) | stage.tags())
         (out / stage.folder).mkdir()
         write_scheduler(stage.card.contract, out / stage.folder / "scheduler")
-    base = model_name(model).rpartition("/")[2]
-    write_json(out / WORKFLOW_FILE, lora_workflow(stages, f"{base}.safetensors"))
+    write_json(out / WORKFLOW_FILE, lora_workflow(stages, [_checkpoint(stage, model_name(model)) for stage in stages]))
     return sums
 
 
@@ -70,10 +69,15 @@ def kohya_tensors(stage: Stage) -> dict[str, LazyTensor]:
     for name, tensor in stage.tensors().items():
         end = next(end for end in _ENDS if name.endswith(end))
         layer = name.removeprefix(PREFIX).removesuffix(end)
-        place = KOHYA_PREFIX + original_name(layer, modules).replace(".", "_")
+        place = kohya_place(layer, modules)
         named[place + _ENDS[end]] = tensor
         named[f"{place}.alpha"] = alpha
     return named
+
+
+def kohya_place(layer: str, modules: Mapping[str, str]) -> str:
+    """What a layer is called: its original name in underscores; `modules` are those of its UNet."""
+    return KOHYA_PREFIX + original_name(layer, modules).replace(".", "_")
 
 
 def kohya_metadata(stage: Stage) -> dict[str, Any]:
@@ -91,6 +95,14 @@ def kohya_metadata(stage: Stage) -> dict[str, Any]:
         "ss_zero_terminal_snr": str(stage.card.contract.zero_terminal_snr),
         "ss_output_name": stage.facts.name,
     }
+
+
+def _checkpoint(stage: Stage, model: str) -> str:
+    """What the file may be called that holds the UNet which a stage's adapter stands on."""
+    facts, name = stage.facts, model
+    if not stage.is_on_model:
+        name = facts.start.name if facts.start else facts.base_model or f"{stage.folder}_base"
+    return f"{name.rpartition('/')[2]}.safetensors"
 
 
 def _require_loras(stages: Sequence[Stage]) -> None:

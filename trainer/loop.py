@@ -5,8 +5,10 @@
 Two of these run at once on one store and share nothing else. Which expert this is stands in the config's timesteps.
 """
 
-from contextlib import AbstractContextManager, closing
-from functools import partial
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, closing, nullcontext
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -121,6 +123,7 @@ def train_expert(request: Request) -> int:
             say(f"note: {line}")
 
         held_out = HeldOut(run, store, loss, device) if processes.is_first else None
+        draw_timesteps = at_a_stretch(lambda step: loss.timesteps(step, config.batch * config.accumulation, device))
         bins = LossBins(loss.trained, device)
         meter, save_turns = Meter(config.batch * config.accumulation), SaveTurns(config.checkpoint)
         advance_bar = progress(config.name, config.steps, "steps", run.first_step)
@@ -131,11 +134,11 @@ def train_expert(request: Request) -> int:
                 raise Stopped(f"{run.folder} was opened and nothing done; the same command goes on")
             for step in range(run.first_step, config.steps):
                 optimizer.scale_rates(rate_share(step, config.steps, config.optimizer.rate))
-                t = loss.timesteps(step, config.batch * config.accumulation, device).view(-1, config.batch)
+                t = draw_timesteps(step).view(-1, config.batch)
                 step_loss, epoch = torch.zeros((), device=device), 0.0
                 for micro, t_micro in enumerate(t[place] for place in own):
                     batch = meter.wait(batches).to(device)
-                    seed_layers(config.seed, batch.places[0])
+                    seed_layers(config.seed, batch.places[0], device)
                     with processes.averaging(trained, now=micro == share - 1):
                         losses = loss(predict, batch, t_micro)
                         micro_loss = losses.mean() / share
@@ -146,7 +149,7 @@ def train_expert(request: Request) -> int:
 
                 # A step whose gradients are not finite is skipped and counted on the device; nobody waits for it here.
                 norm = optimizer.clip(config.optimizer.clip_norm)
-                is_bad = (~torch.isfinite(norm)).float()
+                is_bad = (~(norm < math.inf)).float()  # nor is NaN below it
                 optimizer.step_unless_bad(is_bad)
                 optimizer.zero_grad()
                 if ema is not None:
@@ -216,6 +219,12 @@ def train_expert(request: Request) -> int:
         return config.steps
 
 
+def at_a_stretch(draw: Callable[[int], Tensor], steps: int = 16) -> Callable[[int], Tensor]:
+    """What `draw` gives for a step, asked for `steps` of them at once: its code leaves the caches between two steps."""
+    draw_some = lru_cache(maxsize=1)(lambda first: [draw(step) for step in range(first, first + steps)])
+    return lambda step: draw_some(step - step % steps)[step % steps]
+
+
 def predict_in_precision(
     model: ConditionedUnet,
     config: ExpertConfig,
@@ -226,9 +235,8 @@ def predict_in_precision(
     time_ids: Tensor,
 ) -> Tensor:
     """What the UNet answers, computed in the precision that the config asks for."""
-    autocast: AbstractContextManager[Any] = torch.autocast(
-        device.type, torch.bfloat16, enabled=config.precision == "bf16-mixed"
-    )
+    is_mixed = config.precision == "bf16-mixed"
+    autocast: AbstractContextManager[Any] = torch.autocast(device.type, torch.bfloat16) if is_mixed else nullcontext()
     with autocast:
         return model(x_t.to(model.dtype), t, text, time_ids, config.loss.aesthetic_score)
 

@@ -27,7 +27,7 @@ from shared.schedule import (
 )
 from shared.seeding import make_generator
 from trainer.batch import Batch
-from trainer.caption_dropout import drop_captions, dropout_shares
+from trainer.caption_dropout import drop_captions, dropout_shares, may_drop
 from trainer.config import LossConfig
 from trainer.overlap import drawn_range, widest_range
 from trainer.timestep_bias import timestep_shares
@@ -61,6 +61,10 @@ class DenoisingLoss:
         return dropout_shares(self.settings.caption_dropout, self.within).to(self.schedule.device)
 
     @cached_property
+    def _most_dropped(self) -> float:
+        return float(self._dropout_shares.max())
+
+    @cached_property
     def _bias_sums(self) -> Tensor:
         return cumulate(timestep_shares(self.settings.timestep_bias, self.within)).to(self.schedule.device)
 
@@ -85,8 +89,9 @@ class DenoisingLoss:
         if self.expose is not None:
             x_0 = sample_latents(batch.moments, self.scaling_factor, posterior_eps)
             eps = self.expose(batch, x_0, eps, t)
-        shares = self._dropout_shares[t.clamp(self.within.low, self.within.high - 1) - self.within.low]
-        batch = drop_captions(batch, shares, self.null_text, self.seed)
+        if may_drop(batch.places, self._most_dropped, self.seed):
+            shares = self._dropout_shares[t.clamp(self.within.low, self.within.high - 1) - self.within.low]
+            batch = drop_captions(batch, shares, self.null_text, self.seed)
         shown_eps = eps
         if self.settings.input_perturbation:
             shown_eps = eps + self.settings.input_perturbation * self.noise("perturbation", batch)
@@ -139,8 +144,7 @@ def pseudo_huber(error: Tensor, c: Tensor) -> Tensor:
 
 def place_noise(seed: int, what: str, places: Sequence[tuple[int, int]], like: Tensor) -> Tensor:
     """fp32 noise [B, ...] in the shape of `like`; sample i is a function of (seed, what, places[i])."""
-    rows = []
-    for epoch, position in places:
-        generator = make_generator(seed, what, epoch, position, device=like.device)
-        rows.append(torch.randn(like.shape[1:], generator=generator, device=like.device))
-    return torch.stack(rows)
+    noise = torch.empty(like.shape, device=like.device)
+    for row, (epoch, position) in zip(noise, places, strict=True):
+        row.normal_(generator=make_generator(seed, what, epoch, position, device=like.device))
+    return noise

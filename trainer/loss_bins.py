@@ -10,6 +10,7 @@ from torch import Tensor
 
 from shared.schedule import TimestepRange
 
+AT_ONCE = 256  # micro-batches whose losses wait to be summed
 BIN = 50  # timesteps; stretches begin at multiples of it, the first and the last are cut to the range
 
 
@@ -33,24 +34,38 @@ class Bin:
 
 
 class LossBins:
-    """Sums of losses by timestep since the last reading, on one device; adding waits for nobody."""
+    """Sums of losses by timestep since the last reading, on one device; adding waits for nobody.
+
+    What is added is summed many at a time: one by one it would be six small operations of each micro-batch.
+    """
 
     def __init__(self, within: TimestepRange, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
         self._within, self._first = within, within.low // BIN
         count = (within.high - 1) // BIN - self._first + 1
         self._sums = torch.zeros(2, count, device=device, dtype=dtype)  # of losses, of samples
+        self._waiting: list[tuple[Tensor, Tensor]] = []
 
     def add(self, t: Tensor, losses: Tensor) -> None:
         """Count one loss for each of the timesteps, t int64 [B] and losses [B] on the device."""
-        ones = torch.ones_like(losses)
-        both = torch.stack([losses.detach(), ones]).to(self._sums.dtype)
-        self._sums.index_add_(1, t // BIN - self._first, both)
+        self._waiting.append((t, losses.detach()))
+        if len(self._waiting) == AT_ONCE:
+            self._sum_up()
 
     def take(self) -> Tensor:
         """The sums [2, bins], and zeros from here on; several processes add theirs up before they are read."""
+        self._sum_up()
         sums = self._sums.clone()
         self._sums.zero_()
         return sums
+
+    def _sum_up(self) -> None:
+        if not self._waiting:
+            return
+        where = torch.cat([t for t, _ in self._waiting]) // BIN - self._first
+        losses = torch.cat([losses for _, losses in self._waiting]).to(self._sums.dtype)
+        self._sums[0].index_add_(0, where, losses)
+        self._sums[1].index_add_(0, where, torch.ones_like(losses))
+        self._waiting.clear()
 
     def read(self, sums: Tensor) -> list[Bin]:
         """Means of what `take` gave, lowest timesteps first; stretches without a sample are left out."""

@@ -42,7 +42,7 @@ PromptFile = Annotated[
     Path | None,
     typer.Option("--prompts", help="Prompts: a text file, one a line, or the column of a csv, tsv, parquet."),
 ]
-Out = Annotated[Path, typer.Option("--out", help="Folder for the pictures.")]
+Out = Annotated[Path, typer.Option("--out", file_okay=False, help="Folder for the pictures.")]
 Wait = Annotated[bool, typer.Option("--wait", help="Wait until a build has sealed the manifest.")]
 Base = Annotated[
     Path | None,
@@ -90,7 +90,9 @@ MergeStore = Annotated[
     Path | None, typer.Option("--store", help="With --merge: measure on its held-out samples what that costs.")
 ]
 Prove = Annotated[bool, typer.Option(help="Load it back and draw with each stage before it is there.")]
-ReportOut = Annotated[Path, typer.Option("--out", help="Folder for report.html, report.json and pictures.")]
+ReportOut = Annotated[
+    Path, typer.Option("--out", file_okay=False, help="Folder for report.html, report.json and pictures.")
+]
 ManifestName = Annotated[
     str | None, typer.Option("--manifest", help="Whose held-out samples to use; the experts' own by default.")
 ]

@@ -3,12 +3,14 @@
 rows of a bucket -> PackedRows -> trainer/sampler.py, which asks for a few of them at once
 """
 
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 STRETCH = 4096  # rows of the manifest that have their bits together
+UNPACKED = 4  # stretches that stay unpacked, 32 KB each: all of a small bucket
 
 Numbers = np.ndarray[Any, np.dtype[Any]]
 
@@ -17,6 +19,7 @@ class PackedRows:
     """Rows that ascend, once each; `[items]` gives those at some places among them, as an array would."""
 
     def __init__(self, rows: Numbers) -> None:
+        self._rows = functools.lru_cache(maxsize=UNPACKED)(self._unpack)
         stretches = rows // STRETCH
         first = np.flatnonzero(np.diff(stretches, prepend=-1))  # of each stretch that has any
         self._stretches = stretches[first].astype(np.int64)
@@ -48,7 +51,7 @@ class PackedRows:
                 return int(later[0])
         return int(self._rows(0)[0])
 
-    def _rows(self, stretch: int) -> Numbers:
+    def _unpack(self, stretch: int) -> Numbers:
         rows: Numbers = np.flatnonzero(np.unpackbits(self._bits[stretch])) + self._stretches[stretch] * STRETCH
         return rows
 

@@ -96,7 +96,8 @@ def require_partitions(manifest: Manifest, wanted: Sequence[int], partitions: in
         way_out = "import the rest (cache-store import without --partition), or set partitions"
     else:
         reads = partitions_text(wanted, partitions)
-        way_out = f"this process reads {reads}: cache-store import --partition {lacking[0]}/{partitions}"
+        parts = ", then ".join(f"{number}/{partitions}" for number in lacking)
+        way_out = f"this process reads {reads}: cache-store import --partition {parts}"
     raise ConfigError(f"{store} has only part {held} of manifest {manifest.name!r}; {way_out}")
 
 

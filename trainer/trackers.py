@@ -9,13 +9,21 @@ A tracker that cannot begin is named with the way out, one that fails later is l
 
 import importlib.util
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from shared.atomic import write_atomically
+from shared.errors import ConfigError
 from shared.progress import say
+
+
+def require_known(names: Iterable[str]) -> None:
+    """Raise ConfigError where a tracker is asked for that there is not."""
+    for name in names:
+        if name not in _BEGIN:
+            raise ConfigError(f"--tracker {name}: known are {', '.join(_BEGIN)}")
 
 
 class Curves:

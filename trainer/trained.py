@@ -63,12 +63,17 @@ def frozen_dtype(config: ExpertConfig) -> torch.dtype:
     return torch.float32 if config.precision == "fp32" else torch.bfloat16
 
 
-def seed_layers(seed: int, place: tuple[int, int]) -> None:
+def seed_layers(seed: int, place: tuple[int, int], device: torch.device) -> None:
     """Make what layers draw themselves (dropout) a function of the micro-batch, told by its first sample's place.
 
-    torch's own generators are seeded, for dropout takes no other and gradient checkpointing replays these.
+    torch's own generators are seeded, for dropout takes no other and gradient checkpointing replays these. Those of
+    devices that nothing runs on are left alone: torch would note down from where it was asked, each time.
     """
-    torch.manual_seed(derive_seed(seed, "layers", *place))
+    number = derive_seed(seed, "layers", *place)
+    if device.type == "cpu":
+        torch.default_generator.manual_seed(number)
+    else:
+        torch.manual_seed(number)
 
 
 def kept_weights(unet: Any, facts: ExpertFacts, ema: Ema | None) -> dict[str, dict[str, Tensor]]:

@@ -1,6 +1,7 @@
 """The only door to UNet2DConditionModel: loads an expert's UNet, tells its layout, and feeds it in that layout."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,7 @@ class ConditionedUnet:
     refiner_width: int  # columns of prompt_embeds that are the second text encoder's
     adapter: str | None = None  # of several on one UNet, the one that is meant
 
-    @property
+    @cached_property  # asked in every step, and looked for in the tree of layers
     def dtype(self) -> torch.dtype:
         """The dtype of its weights."""
         dtype: torch.dtype = next(iter(self.unet.parameters())).dtype

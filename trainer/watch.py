@@ -6,6 +6,7 @@ A round is judged as soon as one of the experts has a newer checkpoint, one UNet
 long that rounds take at most --max-share of the time; it begins none where the device has no room for a UNet.
 """
 
+import math
 import os
 import shutil
 import time
@@ -18,10 +19,11 @@ from typing import Literal
 import torch
 
 from shared.device import choose_device
-from shared.errors import CheckpointError, ConfigError, ExpertsError, Stopped
+from shared.errors import CheckpointError, ConfigError, DataError, ExpertsError, Stopped
 from shared.progress import say
 from shared.stopping import StopRequest, stop_requests
 from shared.store import StoreReader
+from shared.weights import weight_shapes
 from trainer.bench import Bench, open_bench
 from trainer.checkpoint import Checkpoint, newest_checkpoint
 from trainer.evaluate import EvaluateRequest, begin_report, judge, judged
@@ -30,7 +32,7 @@ from trainer.lineup import LineUp, line_up
 from trainer.report import JudgedExpert, Report, Round, read_report, write_report
 from trainer.report_page import report_page
 from trainer.rotation import list_checkpoints
-from trainer.trackers import Curves
+from trainer.trackers import Curves, require_known
 from trainer.waiting import wait_for_store
 
 PAUSE_S = 2.0  # between two looks
@@ -43,8 +45,10 @@ def watch(request: EvaluateRequest, max_share: float, trackers: Sequence[str] = 
     """Judge until every run has come to the step that its configuration names; returns the page.
 
     Goes on with the report that is in OUT. Raises Stopped (exit 75) where the process is asked to stop; the round that
-    it was in is left out. Raises ConfigError where the report there is of something else, and what `evaluate` raises.
+    it was in is left out. Raises ConfigError where the report there is of something else or a tracker is none that
+    is known, and what `evaluate` raises.
     """
+    require_known(trackers)
     for run in request.experts:
         if (run / "checksums.json").exists() or run.is_file():
             raise ConfigError(f"--watch follows run folders; {run} is one checkpoint")
@@ -155,7 +159,7 @@ class _Watcher:
         write_report(self._request.out, self._report, report_page(self._report, self._request.out))
         told = ", ".join(f"{one.name} {one.step if one.state == 'judged' else one.state}" for one in round_.experts)
         pair = round_.choices[-1]
-        say(f"round {round_.number}: {told}: loss {pair.loss}" + (f", CLIP {pair.clip:.2f}" if pair.clip else ""))
+        say(f"round {round_.number}: {told}: loss {pair.loss:.5f}" + (f", CLIP {pair.clip:.2f}" if pair.clip else ""))
         values = {"pair/eval_loss": pair.loss, "pair/clip": pair.clip}
         values |= {f"{one.candidate}/eval_loss [{one.low}, {one.high})": one.loss for one in round_.losses}
         at = sum(one.step or 0 for one in round_.experts)
@@ -165,10 +169,9 @@ class _Watcher:
         if self._device.type != "cuda":
             return True
         free = torch.cuda.mem_get_info(self._device)[0]
-        folders = [*(path / "unet" for path in checkpoints), self._request.model / "unet"]
-        needed = max(sum(f.stat().st_size for f in folder.glob("*.safetensors")) for folder in folders) * ROOM
+        needed = room_bytes([*(path / "unet" for path in checkpoints), self._request.model / "unet"])
         if free < needed:
-            self._say(f"waiting: {free >> 20} MiB free on {self._device}, a UNet needs {int(needed) >> 20} MiB")
+            self._say(f"waiting: {free >> 20} MiB free on {self._device}, a UNet needs {needed >> 20} MiB")
         return free >= needed
 
     def _check(self) -> None:
@@ -180,6 +183,18 @@ class _Watcher:
         if line != self._said:
             self._said = line
             say(line)
+
+
+def room_bytes(folders: Sequence[Path]) -> int:
+    """What a round takes on a device: the largest UNet of these folders in fp32, however it is saved, and passes."""
+    return int(max(_fp32_bytes(folder) for folder in folders) * ROOM)
+
+
+def _fp32_bytes(folder: Path) -> int:
+    try:
+        return sum(4 * math.prod(shape) for shape in weight_shapes(folder).values())
+    except (DataError, OSError):  # removed meanwhile, or damaged, which is said where it is opened
+        return 0
 
 
 def _newest(run: Path, on_bad: Callable[[str], None]) -> Checkpoint | None:

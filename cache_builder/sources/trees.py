@@ -107,7 +107,8 @@ def _open_bucket(address: str) -> tuple[Tree, str | None]:
     if kind == "file":
         return open_files([address.rstrip("/")])[0]
     if kind is None:
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), address)
+        why = os.strerror(errno.ENOENT) if place.has_bucket else "there is no such bucket"
+        raise FileNotFoundError(errno.ENOENT, why, address)
     return BucketTree(place), None
 
 

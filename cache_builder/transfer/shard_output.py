@@ -29,7 +29,8 @@ from cache_builder.transfer.listing import (
     shard_name,
     write_listing,
 )
-from cache_builder.transfer.shards import ShardReader, row_groups, shard_digest, write_shard
+from cache_builder.transfer.shard_writer import joined, writing_shard
+from cache_builder.transfer.shards import ShardReader, row_groups, shard_digest
 from shared.errors import ConfigError, DataError
 from shared.manifest import Manifest
 from shared.progress import say
@@ -44,9 +45,9 @@ def write_records(place: Place, records: Sequence[Framed]) -> ListedShard:
     ordered = sorted(records)
     rows = [(key, frame_checksum(frame)) for key, frame in ordered]
     digest = shard_digest(rows)
-    groups = (ordered[group] for group in row_groups([len(frame) for _, frame in ordered]))
-    with place.writing(shard_name(digest)) as file:
-        write_shard(file, rows, groups)
+    with place.writing(shard_name(digest)) as file, writing_shard(file, rows) as shard:
+        for group in row_groups([len(frame) for _, frame in ordered]):
+            shard.write(joined(ordered[group]))
     return listed(place, digest, len(rows))
 
 

@@ -1,12 +1,12 @@
-"""One shard <-> frames: a Parquet file of three columns. The door to Parquet on this side.
+"""One shard -> frames: a Parquet file of three columns. The door to Parquet on this side.
 
     key       fixed_len_byte_array(16)   content key of a record
     checksum  fixed_len_byte_array(16)   the one that stands in its frame
     frame     byte_array                 the record as the store has it (shared/record.py)
 
-Every page has a checksum, and every frame its own. A shard's digest is blake2b-256 over keys and checksums in order: it
-names the content whatever the file looks like, is known before a byte is written, and is verified before a frame is
-read, each of which must then have the checksum of its row.
+Written by shard_writer.py. A shard's digest is blake2b-256 over keys and checksums in order: it names the content
+whatever the file looks like, is known before a byte is written, and is verified before a frame is read, each of which
+must then have the checksum of its row. Every page has a checksum too, verified where no better one covers the bytes.
 """
 
 import hashlib
@@ -15,7 +15,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -27,9 +26,10 @@ SHARD_FORMAT = 1
 GROUP_BYTES = 16 << 20  # of frames in a row group, which is read and written at once
 GROUP_ROWS = 4096
 MOST_GROUP_BYTES = 1 << 30  # a row group that says it is larger is not one of ours
+READ_BYTES = 1 << 20  # of a local file, into memory that is used again
 ROWS_AT_ONCE = 8  # decoded: what is small is allocated again and again in the same pages
 _SHORT = pa.binary(KEY_BYTES)
-_SCHEMA = pa.schema(
+SCHEMA = pa.schema(
     [
         pa.field("key", _SHORT, nullable=False),
         pa.field("checksum", _SHORT, nullable=False),
@@ -61,51 +61,32 @@ def row_groups(sizes: Sequence[int]) -> Iterator[slice]:
         start = end
 
 
-def write_shard(file: Any, rows: Sequence[Row], groups: Iterable[Sequence[tuple[bytes, bytes]]]) -> None:
-    """Write frames, a row group at a time, into an open file; raises RecordCorrupt where they are not `rows`' own."""
-    expected = iter(rows)
-    with pq.ParquetWriter(
-        file,
-        _SCHEMA,
-        compression="none",  # latents are noise to zstd, and what it gains of texts is little of the whole
-        use_dictionary=False,
-        write_statistics=False,
-        write_page_checksum=True,
-    ) as writer:
-        for group in groups:
-            here = [(key, frame_checksum(frame)) for key, frame in group]
-            if here != list(itertools.islice(expected, len(here))):
-                raise RecordCorrupt("records changed while they were exported")
-            keys, checksums = zip(*here, strict=True)
-            columns = [pa.array(keys, _SHORT), pa.array(checksums, _SHORT), _joined([frame for _, frame in group])]
-            writer.write_table(pa.Table.from_arrays(columns, schema=_SCHEMA), row_group_size=len(group))
-
-
-def _joined(frames: Sequence[bytes]) -> pa.Array:
-    """Frames as one column; pa.array would grow its buffer again and again, each time into fresh pages."""
-    offsets = np.cumsum([0, *map(len, frames)], dtype=np.int32)
-    buffers = [None, pa.py_buffer(offsets), pa.py_buffer(b"".join(frames))]
-    return pa.Array.from_buffers(pa.binary(), len(frames), buffers)
-
-
 class ShardReader:
     """The shard of a digest at a place, or of any; raises DataError where it is not whole, or not that one."""
 
     def __init__(self, place: Place, name: str, digest: str | None) -> None:
         self.label = place.label(name)
+        self._place, self._name = place, name
         self._stream = place.open(name)
         try:
             with self._untrusted():
-                self._file = pq.ParquetFile(self._stream, page_checksum_verification=True, pre_buffer=True)
+                self._file = pq.ParquetFile(self._stream, page_checksum_verification=True)
                 self._check_footer()
                 short = self._file.read(["key", "checksum"], use_threads=False)
                 self.rows: list[Row] = list(zip(*(column.to_pylist() for column in short.columns), strict=True))
                 self.digest = shard_digest(self.rows)
                 if digest not in (None, self.digest):
                     raise ValueError("it holds other records than it should (digest)")
+                self._frames = self._unsummed(is_local=place.is_local)
         except BaseException:
             self.close()
             raise
+
+    def _unsummed(self, *, is_local: bool) -> pq.ParquetFile:
+        """The file for its frames: what their pages' checksums cover, their own cover better, and are verified too."""
+        # The kernel reads ahead on a disk; a server is asked for a whole row group at once.
+        options: dict[str, Any] = {"pre_buffer": False, "buffer_size": READ_BYTES} if is_local else {"pre_buffer": True}
+        return pq.ParquetFile(self._stream, metadata=self._file.metadata, **options)
 
     def groups(self) -> Iterator[list[Row]]:
         """Rows of each row group."""
@@ -119,7 +100,7 @@ class ShardReader:
         """Keys and frames of a row group, each frame verified: the one of its row, whole, and a record."""
         expected = iter(next(itertools.islice(self.groups(), group, None)))
         with self._untrusted():
-            batches = self._file.iter_batches(ROWS_AT_ONCE, [group], use_threads=False)
+            batches = self._frames.iter_batches(ROWS_AT_ONCE, [group], use_threads=False)
         while (batch := self._next(batches)) is not None:
             keys, checksums, frames = batch.columns
             for key, checksum, frame in zip(keys.to_pylist(), checksums.to_pylist(), frames, strict=True):
@@ -135,6 +116,8 @@ class ShardReader:
                 yield key, view
         if next(expected, None) is not None:
             raise self._damaged(ValueError(f"row group {group} ends before its last row"))
+        sizes = [self._file.metadata.row_group(index).total_byte_size for index in range(group + 1)]
+        self._place.drop_cached(self._name, sum(sizes[:-1]), sum(sizes))
 
     def _next(self, batches: Iterator[pa.RecordBatch]) -> pa.RecordBatch | None:
         with self._untrusted():
@@ -156,7 +139,7 @@ class ShardReader:
 
         Columns are not asked for: pyarrow ends the process where what a damaged footer says of one cannot be.
         """
-        if not self._file.schema_arrow.equals(_SCHEMA):
+        if not self._file.schema_arrow.equals(SCHEMA):
             raise ValueError(
                 f"its columns are {', '.join(self._file.schema_arrow.names)[:80]}, not key, checksum and frame"
             )

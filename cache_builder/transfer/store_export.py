@@ -8,17 +8,20 @@ rest. Nothing that is there is changed before export.json is replaced, and nothi
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from cache_builder.in_child import require_readable
 from cache_builder.places import Place, open_place
 from cache_builder.transfer.listing import ListedManifest, ListedShard, Listing, listed, shard_name, write_listing
-from cache_builder.transfer.plan import SHARD_BYTES, plan_export
-from cache_builder.transfer.shards import GROUP_ROWS, Row, ShardReader, row_groups, shard_digest, write_shard
-from shared.ahead import Ahead
+from cache_builder.transfer.plan import SHARD_BYTES, Plan, plan_export
+from cache_builder.transfer.shard_writer import Bytes, Group, writing_shard
+from cache_builder.transfer.shards import GROUP_ROWS, Row, ShardReader, row_groups, shard_digest
+from shared.ahead import Ahead, Dealt
 from shared.errors import ConfigError, DataError, RecordCorrupt, StoreFormat
 from shared.manifest import Manifest
 from shared.manifest_shelf import Sealed, sealed_manifests
@@ -27,7 +30,7 @@ from shared.record import verify_frame
 from shared.store import StoreReader
 from shared.store_card import read_card
 
-GROUPS_AHEAD = 2
+SHARDS_AT_ONCE = 4
 
 
 @dataclass
@@ -68,10 +71,7 @@ def export_store(
         plan = plan_export(reader, manifests, named_only=manifest is not None, shard_bytes=shard_bytes)
         report = ExportReport(str(path), address, manifests=len(manifests), records=len(plan.keys))
         with progress("export", int(plan.sizes.sum()) >> 20, "MiB") as advance:
-            shards = []
-            for keys, sizes in plan.shards():
-                shards.append(_export_shard(reader, place, keys, sizes, report))
-                advance(sum(sizes) >> 20)
+            shards = _export_shards(reader, place, plan, report, advance)
         listed = [_export_manifest(place, *item) for item in zip(sealed, manifests, strict=True)]
         card = {key: value for key, value in read_card(path).items() if key != "format"}
         write_listing(place, Listing(card=card, records=len(plan.keys), shards=tuple(shards), manifests=tuple(listed)))
@@ -99,24 +99,59 @@ def _require_whole(manifest: Manifest) -> None:
         )
 
 
-def _export_shard(
-    reader: StoreReader, place: Place, keys: list[bytes], sizes: Sequence[int], report: ExportReport
-) -> ListedShard:
-    rows = _rows(reader, keys)
-    digest = shard_digest(rows)
-    name = shard_name(digest)
-    if _is_there(place, name, digest):
-        report.shards_kept += 1
-    else:
+def _export_shards(
+    reader: StoreReader, place: Place, plan: Plan, report: ExportReport, advance: Callable[[int], object]
+) -> list[ListedShard]:
+    """All shards, several at once: one is encoded while another waits for the disk or a server."""
+    todo = Dealt(enumerate(plan.shards()))
+    found: dict[int, ListedShard] = {}
+    done_bytes = 0
+    threads = (_export_some(reader, place, todo) for _ in range(SHARDS_AT_ONCE))
+    with Ahead(*threads, count=SHARDS_AT_ONCE) as steps:
+        for step in steps:
+            if step.shard:
+                found[step.number] = step.shard
+                report.shards_kept += step.is_kept
+            advance((done_bytes + step.bytes >> 20) - (done_bytes >> 20))
+            done_bytes += step.bytes
+    return [found[number] for number in sorted(found)]
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A row group written, or a shard that is there now."""
+
+    number: int
+    bytes: int = 0
+    shard: ListedShard | None = None
+    is_kept: bool = False
+
+
+def _export_some(
+    reader: StoreReader, place: Place, todo: Iterable[tuple[int, tuple[list[bytes], list[int]]]]
+) -> Iterator[_Step]:
+    buffer = np.empty(0, np.uint8)  # kept from one row group to the next: fresh memory is half of the work
+    for number, (keys, sizes) in todo:
         try:
-            with Ahead(_read_groups(reader, keys, sizes), count=GROUPS_AHEAD) as groups, place.writing(name) as file:
-                write_shard(file, rows, groups)
+            rows = _rows(reader, keys)
+            digest = shard_digest(rows)
+            name = shard_name(digest)
+            if is_kept := _is_there(place, name, digest):
+                yield _Step(number, bytes=sum(sizes))
+            else:
+                with place.writing(name) as file, writing_shard(file, rows) as shard:
+                    for group in row_groups(sizes):
+                        needed = sum(sizes[group])
+                        if len(buffer) < needed:
+                            buffer = np.empty(needed, np.uint8)
+                        shard.write(_read_group(reader, keys[group], buffer))
+                        yield _Step(number, bytes=needed)
+            yield _Step(number, shard=listed(place, digest, len(keys)), is_kept=is_kept)
         except RecordCorrupt as error:
             raise StoreFormat(
                 f"{reader.path} cannot be exported as a sound store: {error}; cache-store verify --quarantine sets bad "
                 "records aside, and the same cache-build makes them anew"
             ) from None
-    return listed(place, digest, len(keys))
 
 
 def _rows(reader: StoreReader, keys: list[bytes]) -> list[Row]:
@@ -139,16 +174,14 @@ def _is_there(place: Place, name: str, digest: str) -> bool:
         return False
 
 
-def _read_groups(
-    reader: StoreReader, keys: Sequence[bytes], sizes: Sequence[int]
-) -> Iterator[list[tuple[bytes, bytes]]]:
-    """Verified frames, as many at once as make a row group."""
-    for group in row_groups(sizes):
-        with reader.snapshot() as snapshot:
-            frames = [(key, snapshot.raw(key)) for key in keys[group]]
-        for key, frame in frames:
-            verify_frame(key, frame)
-        yield frames
+def _read_group(reader: StoreReader, keys: Sequence[bytes], buffer: Bytes) -> Group:
+    """Verified frames, copied into `buffer`: what is written is what was verified."""
+    with reader.snapshot() as snapshot:
+        ends = snapshot.raw_into(keys, buffer)
+    group = Group(keys, ends, buffer)
+    for key, frame in group.frames():
+        verify_frame(key, frame)
+    return group
 
 
 def _export_manifest(place: Place, sealed: Sealed, manifest: Manifest) -> ListedManifest:

@@ -7,9 +7,8 @@ Records are put under their content keys where there is none, so imports may ove
 """
 
 import itertools
-import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,8 @@ from cache_builder.key_arrays import Keys, as_keys, each, is_in, stored
 from cache_builder.named import facts_keys, latent_keys, text_keys, union
 from cache_builder.places import Place, open_place
 from cache_builder.transfer.listing import ListedManifest, ListedShard, Listing, read_listing
-from cache_builder.transfer.shards import Frame, ShardReader
-from shared.ahead import Ahead
+from cache_builder.transfer.shards import GROUP_BYTES, Frame, ShardReader
+from shared.ahead import Ahead, Dealt
 from shared.errors import ConfigError, DataError, ManifestMismatch
 from shared.manifest import Manifest, check_data_sets
 from shared.manifest_shelf import seal_staged, stage_manifest
@@ -30,8 +29,9 @@ from shared.room import require_room
 from shared.store import StoreReader, StoreWriter
 from shared.store_card import read_card, refuse_foreign_folder, write_card
 
-COMMIT_BYTES = 16 << 20
-READERS, BUCKET_READERS = 1, 4  # shards that are read at once: a server takes its time to answer
+COMMIT_BYTES = 64 << 20  # a commit waits for the disk twice, however much it writes
+GROUPS_AHEAD = COMMIT_BYTES // GROUP_BYTES  # read and verified while a commit goes on
+READERS, BUCKET_READERS = 2, 4  # shards that are read at once: a server takes its time to answer
 MAX_MANIFEST_BYTES = 64 << 30
 
 
@@ -134,13 +134,14 @@ def _import_records(
 ) -> None:
     """Every record that is wanted and not there."""
     _check_room(writer, listing, wanted)
-    todo, count = _Shared(listing.shards), READERS if place.is_local else BUCKET_READERS
-    readers = [_read_shards(writer, place, todo, wanted, report) for _ in range(count)]
+    todo, count = Dealt(listing.shards), READERS if place.is_local else BUCKET_READERS
+    readers = [_read_shards(writer, place, todo, wanted) for _ in range(count)]
     waiting: list[Frame] = []
-    with progress("import", report.records, "records") as advance, Ahead(*readers, count=count) as ready:
-        for passed, frames in ready:
+    with progress("import", report.records, "records") as advance, Ahead(*readers, count=GROUPS_AHEAD) as ready:
+        for passed, frames, is_shard_read in ready:
             waiting += frames
             advance(passed + len(frames))
+            report.shards_read += is_shard_read
             if sum(len(frame) for _, frame in waiting) >= COMMIT_BYTES:
                 _commit(writer, waiting, report)
         _commit(writer, waiting, report)
@@ -149,15 +150,16 @@ def _import_records(
 def _commit(writer: StoreWriter, waiting: list[Frame], report: ImportReport) -> None:
     if waiting:
         waiting.sort()
-        report.new += writer.put_many(waiting)
+        report.new += writer.put_many(waiting, cached=False)
         report.bytes += sum(len(frame) for _, frame in waiting)
         waiting.clear()
 
 
 def _read_shards(
-    writer: StoreWriter, place: Place, todo: "_Shared", wanted: Keys | None, report: ImportReport
-) -> Iterator[tuple[int, list[Frame]]]:
-    """Of each row group how many records were there already, and the frames of those that are missing."""
+    writer: StoreWriter, place: Place, todo: Iterable[ListedShard], wanted: Keys | None
+) -> Iterator[tuple[int, list[Frame], bool]]:
+    """Of each row group how many records were there already, and the frames of those that are missing; then whether
+    any of the shard's was."""
     for listed in todo:
         size = place.size(listed.name)
         if size != listed.bytes:
@@ -171,28 +173,8 @@ def _read_shards(
                 missing = {*each(as_keys(mine)[~stored(writer, as_keys(mine))])}
                 frames = [frame for frame in shard.frames(group) if frame[0] in missing] if missing else []
                 is_read |= bool(missing)
-                yield len(mine) - len(missing), frames
-            todo.count(report, is_read)
-
-
-class _Shared:
-    """An iterator that several threads take from."""
-
-    def __init__(self, shards: Sequence[ListedShard]) -> None:
-        self._shards, self._taking = iter(shards), threading.Lock()
-
-    def __iter__(self) -> Iterator[ListedShard]:
-        while True:
-            with self._taking:
-                shard = next(self._shards, None)
-            if shard is None:
-                return
-            yield shard
-
-    def count(self, report: ImportReport, is_read: bool) -> None:
-        """One shard more, and whether any of its frames was read."""
-        with self._taking:
-            report.shards_read += is_read
+                yield len(mine) - len(missing), frames, False
+        yield 0, [], is_read
 
 
 def _check_room(writer: StoreWriter, listing: Listing, wanted: Keys | None) -> None:

@@ -74,10 +74,12 @@ function merged(data) {
 
 function renderAside(store, service) {
   const rows = [...(service?.quarantine ?? []), ...store.bad_records];
-  const count = (service?.quarantined ?? 0) + store.bad_records.length;
-  const about = count ? `${several(count, "thing", "things")} could not be used; everything else was built.` : "Nothing: every picture that was found could be used.";
-  const unknown = "What a build could not use is told here where the service runs it; cache-build prints it itself.";
-  parts.say($("#aside .about"), service || count ? about : unknown);
+  const [pictures, records] = [service?.quarantined ?? 0, store.bad_records.length];
+  const count = pictures + records;
+  const found = [pictures ? several(pictures, "picture", "pictures") : "", records ? several(records, "record", "records") : ""];
+  const about = count ? `${found.filter(Boolean).join(" and ")} could not be used; everything else was.` : "Nothing: every picture that was found could be used.";
+  const unknown = service ? "Not known yet: no build has looked at the pictures since the service started." : "What a build could not use is told here where the service runs it; cache-build prints it itself.";
+  parts.say($("#aside .about"), count || service?.quarantined != null ? about : unknown);
   parts.fill($("#aside .lines"), ...rows.map(parts.asideLine));
   if (count > rows.length) $("#aside .lines").append(parts.el("li", {}, `and ${whole(count - rows.length)} more`));
 }
@@ -94,7 +96,7 @@ function renderRuns(answer) {
   renderNow();
   renderManifests();
   const hasBegun = runs.some((run) => run.step > 0 || run.bins.length);
-  parts.say($("#experts .empty"), runs.length ? (hasBegun ? "" : "No step is logged yet.") : "No training is shown. Name run folders with --run or the folder that they are in with --runs-under.");
+  parts.say($("#experts .empty"), runs.length ? (hasBegun ? "" : "No step is logged yet.") : "No training is shown yet: runs are the folders that --run names and those below --runs-under, for a service what runs and runs_under say.");
   $("#experts .plots").hidden = !hasBegun;
   if (hasBegun) {
     timestepPlot(runs);

@@ -34,26 +34,37 @@ function card(title, state, ...inside) {
   return el("article", { class: "card" }, el("h3", {}, title, badge), ...inside);
 }
 
+// How a service is that builds nothing just now.
+function restState({ state, phase, last_error, builds }) {
+  if (state === "quiet") return "changes seen";
+  if (phase) return "waiting";
+  if (last_error) return "failed";
+  return builds ? "up to date" : "starting";
+}
+
 export function buildCard({ store, service }) {
   const writing = store.writer ? el("p", { class: "note" }, `The store is being written: ${store.writer}`) : null;
   if (!service) {
     const about = "No service runs on this store: what follows is read as it stands.";
-    return card("Build", store.writer ? "building" : "by hand", el("p", {}, about), writing);
+    const sealed = store.manifests.map((one) => one.sealed_s).filter(Boolean);
+    const last = facts([["Last manifest", sealed.length ? clock(Math.max(...sealed)) : null]]);
+    return card("Build", store.writer ? "building" : "by hand", el("p", {}, about), writing, last);
   }
   const trouble = service.last_error ? el("p", { class: "alarm" }, service.last_error) : null;
   const seal = service.last_seal;
   const list = facts([
     ["Last manifest", seal?.time_s ? clock(seal.time_s) : null],
     ["Builds", whole(service.builds ?? 0)],
-    ["Set aside", whole(service.quarantined ?? 0)],
+    ["Set aside", whole(service.quarantined)],
   ]);
+  const silence = service.is_silent ? el("p", { class: "alarm" }, `The service has said nothing since ${clock(service.beat_s)}: it hangs, or its disk does.`) : null;
   if (!service.is_alive) {
     const when = service.beat_s ? `, last heard of ${clock(service.beat_s)}` : "";
     return card("Build", "no service", el("p", {}, `The service is not running${when}.`), writing, trouble, list);
   }
   if (service.state !== "building") {
     const changed = service.state === "quiet" && service.changed ? `${several(service.changed, "path has", "paths have")} changed; it builds when they have come to rest.` : capital(service.phase ?? "watching for changes.");
-    return card("Build", service.state === "quiet" ? "changes seen" : "up to date", el("p", {}, changed), trouble, list);
+    return card("Build", restState(service), el("p", {}, changed), trouble, silence, list);
   }
   const rate = service.images_per_s;
   const left = rate && service.total ? duration((service.total - service.done) / rate) : null;
@@ -62,8 +73,9 @@ export function buildCard({ store, service }) {
     "building",
     el("p", {}, capital(service.phase ?? "starting") + (service.total ? `: ${whole(service.done)} of ${whole(service.total)}` : "")),
     bar(service.done, service.total, "build"),
-    facts([["Speed", rate ? `${digits(rate)} pictures/s` : null], ["Time left", left], ["Set aside", whole(service.quarantined ?? 0)]]),
+    facts([["Speed", rate ? `${digits(rate)} pictures/s` : null], ["Time left", left], ["Set aside", whole(service.quarantined)]]),
     trouble,
+    silence,
   );
 }
 
@@ -76,6 +88,7 @@ export function runCard(run, at) {
     run.state,
     el("p", {}, [range, steps].filter(Boolean).join(" · ")),
     bar(run.step, run.steps, `steps of ${run.name}`, `e${at % 6}`),
+    run.why ? el("p", { class: "alarm" }, `${run.folder}: ${run.why}`) : null,
     share,
     facts([
       ["Loss", digits(run.loss)],
@@ -100,7 +113,7 @@ export function tiles(store) {
     tile(whole(sum("samples")), "pictures", `${whole(sum("held_out"))} held out`),
     tile(whole(sum("crops")), "crops"),
     tile(whole(captions), "captions", different ? `${whole(different)} different, each used ${reuse.toFixed(reuse < 10 ? 1 : 0)} times` : ""),
-    tile(whole(store.records), "records", "pictures and captions, encoded"),
+    tile(whole(store.records), "records", "latents, text embeds, facts of both"),
     tile(bytes(store.file_bytes), "on disk", `${bytes(store.used_bytes)} in use`),
   ];
 }
@@ -161,9 +174,7 @@ export function asideLine({ path, reason }) {
   return el("li", {}, el("code", {}, path), el("span", {}, reason));
 }
 
-const ALARMS = new Set(["corrupt", "bad_checkpoint", "unsaved", "build_failed"]);
-
 export function eventLine(event, colours) {
   const who = el("span", { class: `who ${colours.get(event.who) ?? ""}` }, event.who);
-  return el("li", ALARMS.has(event.event) ? { class: "alarm" } : {}, el("time", {}, clock(event.time_s)), who, el("span", {}, event.text));
+  return el("li", event.is_alarm ? { class: "alarm" } : {}, el("time", {}, clock(event.time_s)), who, el("span", {}, event.text));
 }

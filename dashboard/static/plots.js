@@ -23,7 +23,7 @@ function isWide(columns) {
 function axes(xLabel, format, extra = {}) {
   const ink = { stroke: style("--muted"), grid: { stroke: style("--line"), width: 1 }, ticks: { stroke: style("--line"), width: 1 }, font: "12px system-ui, sans-serif" };
   const y = { ...ink, size: 58, values: (_, ticks) => ticks.map((tick) => (tick == null ? "" : format(tick))) };
-  return [{ ...ink, label: xLabel, labelSize: 18, labelFont: "12px system-ui, sans-serif", size: 34, ...extra }, y];
+  return [{ ...ink, label: xLabel, space: 72, labelSize: 18, labelFont: "12px system-ui, sans-serif", size: 34, ...extra }, y];
 }
 
 // What stands before a name: the colour of its line or bar.

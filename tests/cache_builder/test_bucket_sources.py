@@ -139,6 +139,8 @@ def test_what_cannot_be_read_is_said(bucket: str, tmp_path: Path, monkeypatch: p
     ):
         with pytest.raises(DataError, match=f"data set set: .*{root}.*{said}"):
             scan(f"{bucket}/{root}")
+    with pytest.raises(DataError, match=r"^data set set: folder s3://nobodys/set: there is no such bucket$"):
+        scan("s3://nobodys/set")
     write_folder(tmp_path / "pictures", ITEMS[:1])
     upload(tmp_path / "pictures", f"{bucket}/large")
     config = validate(

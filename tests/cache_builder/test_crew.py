@@ -209,6 +209,21 @@ def test_the_command_hands_on_where_records_are_made_and_where_they_go(
     ]
 
 
+def test_a_wrong_address_is_said_before_anything_is_scanned(
+    tmp_path: Path, pictures: Path, tiny_model: Path, build_nearby: Any
+) -> None:
+    for words, said in (
+        ({"output": "shards"}, "--output shards needs --to"),
+        ({"to": "x"}, "--to x is for --output"),
+        ({"output": "records"}, "--output records: it is store or shards"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            _cache_build(folder=str(pictures), store=tmp_path / "work", model=str(tiny_model), runner="ray", **words)
+    with pytest.raises(ConfigError, match=r"^ftp://there/x: name a folder, or s3://"):
+        build_nearby(Nearby(0), [pictures], tmp_path / "work", tiny_model, shards_to="ftp://there/x")
+    assert not (tmp_path / "work").exists()
+
+
 class Stopping(Nearby):
     """Asks to stop after some answers."""
 

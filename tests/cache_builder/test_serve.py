@@ -159,6 +159,19 @@ def test_pictures_that_arrive_are_in_a_sealed_manifest(
     assert [event["encoded"] for event in service.events("build_end")] == [8, 2, 0]
 
 
+def test_what_is_said_of_the_folders_holds_from_anywhere(world: Path, services: Services) -> None:
+    """The page may run elsewhere; and before a build has looked, nobody knows what could not be used."""
+    relative = os.path.relpath(world / "shapes")
+    build = fake_build(world, "sys.stdin.read(); sys.exit()")  # ends with the service
+    service = services.start(world, f"datasets=[{{id='shapes', root='{relative}'}}]", build_command=build)
+    status = service.wait_for(lambda status: status["state"] == "building")
+    (folder,) = status["folders"]
+    assert Path(folder).is_absolute()
+    assert Path(folder).samefile(world / "shapes")
+    assert status["quarantined"] is None
+    assert service.end(signal.SIGKILL) is None
+
+
 def undisturbed_digest(world: Path, services: Services, place: Path) -> str:
     """The manifest of a service that nobody disturbs."""
     place.mkdir()

@@ -1,6 +1,8 @@
 """Export and import: the same store elsewhere, whatever is killed when, and nothing of a shard is taken on trust."""
 
 import json
+import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -16,12 +18,15 @@ import pyarrow.parquet as pq
 import pytest
 
 from cache_builder.places import open_place
+from cache_builder.transfer import store_export
 from cache_builder.transfer.listing import FILE, shard_name
-from cache_builder.transfer.shards import ShardReader, shard_digest, write_shard
+from cache_builder.transfer.shard_writer import joined, writing_shard
+from cache_builder.transfer.shards import SCHEMA, ShardReader, shard_digest
 from cache_builder.transfer.store_export import export_store
 from cache_builder.transfer.store_import import import_store
 from cache_builder.verify import verify_store
-from shared.errors import ConfigError, DataError, ManifestMismatch, StoreFormat, StoreIO, StoreMissing
+from shared.atomic import sync_file
+from shared.errors import ConfigError, DataError, ManifestMismatch, StoreFormat, StoreFull, StoreIO, StoreMissing
 from shared.manifest import open_manifest, seal_manifest
 from shared.manifest_shelf import sealed_manifests
 from shared.parts import Part
@@ -80,6 +85,63 @@ def test_what_comes_back_is_the_same_store(store: Path, exported: Path, tmp_path
     kept = export_store(tmp_path / "in", str(exported), shard_bytes=SMALL)
     assert (kept.shards, kept.shards_kept) == (report.shards, report.shards)
     assert files(exported) == before
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_shards_lie_alike_however_many_are_written_at_once(
+    store: Path, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: int
+) -> None:
+    monkeypatch.setattr(store_export, "SHARDS_AT_ONCE", threads)
+    export_store(store, str(tmp_path), shard_bytes=SMALL)
+    assert files(tmp_path) == files(exported)
+
+
+@pytest.mark.parametrize("page_bytes", [100, 1 << 20])
+def test_shards_of_other_pages_are_read_alike(store: Path, copy: Path, tmp_path: Path, page_bytes: int) -> None:
+    """As exports had them that were made before pages were as small as a frame: a page for each row group."""
+    for number, path in enumerate(shards_of(copy)):
+        table = pq.read_table(path)
+        options = {"compression": "none", "use_dictionary": False, "write_statistics": False}
+        with pq.ParquetWriter(path, SCHEMA, write_page_checksum=True, data_page_size=page_bytes, **options) as writer:
+            writer.write_table(table, row_group_size=len(table))
+        in_listing("shards", number, "bytes", value=path.stat().st_size)(copy)
+    import_store(str(copy), tmp_path / "in")
+    assert records(tmp_path / "in") == records(store)
+
+
+def test_a_full_disk_is_one_line_and_the_export_goes_on(store: Path, exported: Path, tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (SMALL // 2, hard))
+    try:
+        with pytest.raises(StoreFull, match="no space left; free some") as caught:
+            export_store(store, str(tmp_path), shard_bytes=SMALL)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / FILE).exists()
+    assert not list(tmp_path.rglob("*.tmp"))
+    export_store(store, str(tmp_path), shard_bytes=SMALL)
+    assert files(tmp_path) == files(exported)
+
+
+def test_shards_that_were_read_do_not_stay_in_memory(store: Path, tmp_path: Path) -> None:
+    export_store(store, str(tmp_path / "out"))
+    path = shards_of(tmp_path / "out")[0]
+    path.read_bytes()
+    sync_file(path)
+    if not is_cached(path):
+        pytest.skip("this file system does not say what is cached")
+    import_store(str(tmp_path / "out"), tmp_path / "in")
+    assert not is_cached(path)
+
+
+def is_cached(path: Path) -> bool:
+    """Whether the first bytes of a file can be had without the disk."""
+    with path.open("rb") as file:
+        try:
+            return os.preadv(file.fileno(), [bytearray(16)], 0, os.RWF_NOWAIT) > 0
+        except OSError:
+            return False
 
 
 def test_one_manifest_travels_alone(store: Path, exported: Path, tmp_path: Path) -> None:
@@ -281,8 +343,9 @@ def test_no_bit_is_wrong_unnoticed(store: Path, tmp_path: Path, flips: int) -> N
     some = sorted(whole.items())[:12]
     rows = [(name, frame_checksum(frame)) for name, frame in some]
     place, digest = open_place(tmp_path), shard_digest(rows)
-    with place.writing("x") as file:
-        write_shard(file, rows, [some[:5], some[5:]])
+    with place.writing("x") as file, writing_shard(file, rows) as writer:
+        writer.write(joined(some[:5]))
+        writer.write(joined(some[5:]))
     data = (tmp_path / "x").read_bytes()
     rng = np.random.default_rng(5)
     found = 0
@@ -327,7 +390,7 @@ def test_a_killed_export_goes_on(store: Path, exported: Path, tmp_path: Path, ki
     )
     for number in range(kills):
         wanted = 1 + number * shards // kills
-        killed = kill_when(run_in_child(code), lambda wanted=wanted: len(list(out.glob("shards/*"))) > wanted)  # type: ignore[misc]
+        killed = kill_when(run_in_child(code), lambda wanted=wanted: len(list(out.glob("shards/*.parquet"))) > wanted)  # type: ignore[misc]
         assert not killed or not (out / FILE).exists() or number
     report = export_store(store, str(out), shard_bytes=SMALL)
     assert report.shards_kept > 0
@@ -392,6 +455,8 @@ def test_a_bucket_is_as_good_as_a_folder(bucket: str, store: Path, exported: Pat
 def test_a_bucket_that_does_not_do_as_asked(
     bucket: str, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    with pytest.raises(StoreMissing, match=r"^s3://nobodys/x: there is no such bucket$"):
+        import_store("s3://nobodys/x", tmp_path / "in")
     with pytest.raises(StoreIO, match="there is no such bucket"):
         export_store(store, "s3://nobody-has-this/x")
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")

@@ -71,7 +71,7 @@ def ask() -> Iterator[Callable[..., TestClient]]:
         watched = Watched(store, runs, under, sources)
         for answer in (watched.status, watched.runs, watched.events):
             answer.kept_s = 0.0
-        watched.look_s = 0.0
+        watched.look_s, watched.read_s = 0.0, 60.0
         opened.append(watched)
         app = make_app(watched, access or choose_access("127.0.0.1", None, []))
         client = TestClient(app, base_url=ADDRESS, raise_server_exceptions=False, follow_redirects=False)

@@ -4,6 +4,7 @@ Debian's chromium through Playwright; left out where either is missing.
 """
 
 import json
+import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -74,9 +75,12 @@ def test_what_it_says_while_a_build_and_two_trainers_run(browser: Any, tiny_mode
     store, runs, pictures = tmp_path / "store", tmp_path / "runs", write_shapes(tmp_path / "pictures", 24)
     sets = [part for one in ("images.resolution=64", "images.step=16") for part in ("--set", one)]
     build = ["cache_builder.cli", "cache_build", pictures, "--store", store, "--model", tiny_model, *sets]
-    assert command(*build).wait(300) == 0
-    write_shapes(pictures, 96)
     with ExitStack() as stack:
+        first = command(*build)
+        stack.callback(first.wait)
+        stack.callback(first.kill)
+        assert first.wait(600) == 0
+        write_shapes(pictures, 96)
         _, address = stack.enter_context(page(store, "--runs-under", str(runs), "--source", str(pictures)))
         for name, low, high in (("base", 350, 1000), ("refiner", 0, 350)):
             said = [f"name={name}", f"timesteps={{low={low}, high={high}}}", "steps=100000", "batch=1", "log.every=1"]
@@ -160,6 +164,36 @@ def test_an_empty_page_says_what_to_do(browser: Any, tmp_path: Path) -> None:
         assert "There is no store at" in text
         assert "No training is shown" in text
         assert "No service runs" in text
+
+
+@pytest.mark.parametrize(
+    ("said", "badge", "words"),
+    [
+        ({"state": "waiting"}, "starting", "Not known yet: no build has looked"),
+        (
+            {"state": "waiting", "builds": 1, "quarantined": 0},
+            "up to date",
+            "every picture that was found could be used",
+        ),
+        ({"state": "waiting", "builds": 1, "last_error": "no space left"}, "failed", "no space left"),
+        ({"state": "waiting", "phase": "another writer: pid 3"}, "waiting", "Another writer: pid 3"),
+        ({"state": "quiet", "changed": 3}, "changes seen", "3 paths have changed"),
+        ({"state": "building", "phase": "pictures", "done": 5, "total": 20, "images_per_s": 3}, "building", "5 of 20"),
+        ({"state": "building", "beat_s": 5.0}, "building", "said nothing since"),
+        ({"state": "stopped"}, "no service", "The service is not running"),
+    ],
+    ids=lambda value: value if isinstance(value, str) and " of " not in value else "",
+)
+def test_the_build_card_says_how_the_service_is(
+    browser: Any, tmp_path: Path, said: dict[str, Any], badge: str, words: str
+) -> None:
+    (tmp_path / "service").mkdir()
+    status = {"version": 1, "beat_s": time.time() + 300, "pid": os.getpid(), "host": os.uname().nodename}
+    (tmp_path / "service/status.json").write_text(json.dumps(status | said))
+    with page(tmp_path) as (_, address), visit(browser, address) as seen:
+        seen.wait_for_selector("#now article")
+        assert seen.locator("#now .state").inner_text() == badge
+        assert words in seen.locator("main").inner_text()
 
 
 def test_30_captions_with_markup_stay_text(browser: Any, tmp_path: Path) -> None:

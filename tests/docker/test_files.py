@@ -1,8 +1,10 @@
 """The image and the set-up on paper: linted, valid, and every service as small in its rights as it can be."""
 
 import json
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -133,5 +135,31 @@ def test_the_image_installs_what_the_commands_need(services: dict[str, Any]) -> 
     project = tomllib.loads((DOCKER.parent / "pyproject.toml").read_text())
     packages = {name.partition(".")[0] for name in project["tool"]["setuptools"]["packages"]}
     assert packages <= copied
+    (line,) = [line for line in dockerfile.splitlines() if line.startswith("ARG EXTRAS=")]
+    extras = set(line.removeprefix("ARG EXTRAS=").split(","))
+    assert {"serve", "tensorboard"} <= extras <= set(project["project"]["optional-dependencies"])
     scripts = set(project["project"]["scripts"]) | {"sleep", "tensorboard"}
     assert {service["command"][0] for service in services.values()} <= scripts
+
+
+def test_what_is_begun_first_stands_first(services: dict[str, Any]) -> None:
+    """tests/docker/test_runs.py starts them in the order of the file."""
+    for at, (name, service) in enumerate(services.items()):
+        assert set(service.get("depends_on", ())) <= set(SERVICES[:at]), name
+
+
+@pytest.mark.parametrize("name", ["train-base", "train-refiner"])
+def test_a_trainer_is_well_while_it_waits_and_while_it_writes(
+    services: dict[str, Any], name: str, tmp_path: Path
+) -> None:
+    run_folder = Path(services[name]["command"][services[name]["command"].index("--output") + 1])
+    kind, check = services[name]["healthcheck"]["test"]
+    here, log = check.replace(str(run_folder), str(tmp_path)), tmp_path / "events.jsonl"
+    assert kind == "CMD-SHELL"
+    assert here != check
+    assert run("sh", "-c", here).returncode == 0  # it waits for the first manifest
+    log.write_text("{}\n")
+    assert run("sh", "-c", here).returncode == 0
+    two_hours_ago = time.time() - 7200
+    os.utime(log, (two_hours_ago, two_hours_ago))
+    assert run("sh", "-c", here).returncode != 0

@@ -15,7 +15,8 @@ import numpy as np
 
 from shared.errors import StoreError
 from shared.record import encode_record
-from shared.store import Snapshot, StoreReader
+from shared.snapshot import Snapshot
+from shared.store import StoreReader
 
 RIGHT, REFUSED, SILENT, TRACEBACK = 0, 1, 2, 3
 

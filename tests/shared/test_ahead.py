@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from shared.ahead import Ahead
+from shared.ahead import Ahead, Dealt
 
 
 def until(condition: object, limit_s: float = 10) -> None:
@@ -91,3 +91,46 @@ def test_an_error_in_one_source_ends_the_others() -> None:
     with pytest.raises(ValueError, match="one of two"), Ahead(endless(), failing(), count=2) as ahead:
         for _ in ahead:
             pass
+
+
+def test_a_source_rests_until_few_are_left_and_then_makes_all_at_a_stretch() -> None:
+    made: list[int] = []
+
+    def source() -> Iterator[int]:
+        for number in range(100):
+            made.append(number)
+            yield number
+
+    with Ahead(source(), count=5, again_at=2) as ahead:
+        until(lambda: len(made) == 5)
+        for taken in (1, 2):
+            next(ahead)
+            time.sleep(0.05)
+            assert len(made) == 5, taken
+        next(ahead)
+        until(lambda: len(made) == 8)
+        time.sleep(0.05)
+        assert len(made) == 8
+        assert list(ahead) == list(range(3, 100))
+
+
+@pytest.mark.parametrize("again_at", [0, 1, 3])
+def test_resting_loses_no_wake_up(again_at: int) -> None:
+    numbers = [range(start, 3000, 3) for start in range(3)]
+    with (
+        Ahead(*numbers, count=4, again_at=again_at) as shared,
+        Ahead(*(map(int, shared) for _ in range(4)), count=4, again_at=again_at) as ahead,
+    ):
+        assert sorted(ahead) == list(range(3000))
+
+
+def test_what_is_dealt_goes_to_one_taker_each() -> None:
+    def slowly() -> Iterator[int]:  # a generator, which no two threads may run at once
+        for number in range(50):
+            time.sleep(0.001)
+            yield number
+
+    dealt = Dealt(slowly())
+    with Ahead(*(map(int, dealt) for _ in range(4)), count=2) as ahead:
+        assert sorted(ahead) == list(range(50))
+    assert list(dealt) == []

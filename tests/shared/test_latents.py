@@ -46,3 +46,12 @@ def test_a_single_sample_needs_no_batch_dimension() -> None:
     eps = torch.randn(4, 8, 6, generator=torch.Generator().manual_seed(1))
     one = sample_latents(LatentMoments(moments.mean[1], moments.logvar[1]), 1.0, eps)
     assert torch.equal(one, sample_latents(moments, 1.0, eps.expand(3, -1, -1, -1))[1])
+
+
+def test_what_is_stored_and_drawn_stays_as_it_is() -> None:
+    """Single precision is computed in place, in a copy."""
+    moments = random_moments()
+    eps = torch.randn(3, 4, 8, 6, generator=torch.Generator().manual_seed(1))
+    before = [tensor.clone() for tensor in (moments.mean, moments.logvar, eps)]
+    sample_latents(moments, SCALING_FACTOR, eps)
+    assert all(map(torch.equal, (moments.mean, moments.logvar, eps), before))

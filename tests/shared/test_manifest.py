@@ -477,3 +477,20 @@ def test_more_text_than_a_column_can_have_is_told(tmp_path: Path, monkeypatch: p
     with pytest.raises(DataError, match=r"more than 2 GiB of text \(paths are one\).*--manifest"):
         seal(tmp_path, rows=rows, in_order=True)  # type: ignore[arg-type]
     assert list_manifests(tmp_path) == []
+
+
+def test_what_is_shown_of_a_row_is_what_the_row_says(tmp_path: Path) -> None:
+    ends_in_zero = replace(make_row(60), text_keys=(bytes(16), b"k" + bytes(15)))
+    manifest = seal(tmp_path, rows=[*ROWS, ends_in_zero])
+    shown = manifest.shown_rows()
+    for index, row in enumerate(manifest.rows(range(len(manifest)))):
+        assert shown.original_hw(index) == row.original_hw
+        crops = [shown.variant(index, which) for which in range(shown.variant_count(index))]
+        expected = [(each.latent_key, each.crop_top_left, each.target_hw) for each in row.variants]
+        assert [(crop.latent_key, crop.crop_top_left, crop.target_hw) for crop in crops] == expected
+        assert tuple(shown.text_key(index, which) for which in range(shown.text_count(index))) == row.text_keys
+        with pytest.raises(IndexError):
+            shown.variant(index, len(row.variants))
+        with pytest.raises(IndexError):
+            shown.text_key(index, len(row.text_keys))
+    assert not any(column.flags.owndata for column in vars(shown).values())

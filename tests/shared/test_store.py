@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import platform
 import subprocess
 import sys
 import threading
@@ -395,3 +396,56 @@ def test_tensors_that_a_reader_does_not_know_are_passed_over(store: Path) -> Non
             snapshot.copy_into(KEYS[number], targets)
             assert np.array_equal(snapshot.read(KEYS[number]).tensors["mask"], extra["mask"])
         assert all(np.array_equal(targets[name], known[name]) for name in known)
+
+
+def test_raw_bytes_lie_one_after_the_other_in_a_given_array(store: Path) -> None:
+    frames = [framed(number)[1] for number in (2, 0, 3)]
+    room = np.full(sum(map(len, frames)) + 5, 7, np.uint8)
+    with StoreReader(store) as reader, reader.snapshot() as snapshot:
+        with pytest.raises(RecordCorrupt, match="longer than it was"):
+            snapshot.raw_into(KEYS[:4], room[: len(framed(0)[1]) + 1])
+        with pytest.raises(RecordCorrupt, match="not in the store"):
+            snapshot.raw_into(KEYS[7:], room)
+        ends = snapshot.raw_into([KEYS[2], KEYS[0], KEYS[3]], room)
+        assert snapshot.raw_into([], room) == []
+    assert ends == np.cumsum([len(frame) for frame in frames]).tolist()
+    assert room.tobytes() == b"".join(frames) + b"\7" * 5
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="these are settings of glibc")
+def test_memory_of_one_commit_serves_the_next(tmp_path: Path) -> None:
+    code = """
+import resource, sys
+from pathlib import Path
+from shared.store import StoreWriter
+value, faults = bytes(300_000), []
+with StoreWriter(Path(sys.argv[1])) as writer:
+    for commit in range(5):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        writer.put_many([(bytes([commit, number]) * 8, value) for number in range(40)])
+        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(max(faults[1:]))
+"""
+    ran = subprocess.run([sys.executable, "-c", code, tmp_path / "store"], capture_output=True, text=True, check=True)
+    assert int(ran.stdout) < 40 * 300_000 // 4096 // 4  # pages of the records, each found anew
+
+
+def test_records_may_leave_the_page_cache(tmp_path: Path) -> None:
+    with StoreWriter(tmp_path / "store") as writer:
+        data, was_cached = tmp_path / "store/data.mdb", []
+        for number in range(2):
+            middle = data.stat().st_size + 1_500_000
+            writer.put_many([(KEYS[number], bytes(3_000_000))], cached=not number)
+            was_cached.append(is_cached(data, middle))
+    if not was_cached[0]:
+        pytest.skip("this file system does not say what is cached")
+    assert was_cached == [True, False]
+
+
+def is_cached(path: Path, offset: int) -> bool:
+    """Whether some bytes of a file can be had without the disk."""
+    with path.open("rb") as file:
+        try:
+            return os.preadv(file.fileno(), [bytearray(16)], offset, os.RWF_NOWAIT) > 0
+        except OSError:
+            return False

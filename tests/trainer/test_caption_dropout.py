@@ -15,7 +15,7 @@ from shared.manifest import open_manifest
 from shared.schedule import NoiseSchedule, TimestepRange, scaled_linear_betas
 from shared.store import StoreReader
 from trainer.batch import Batch
-from trainer.caption_dropout import DropoutByTimestep, drop_captions, dropout_shares
+from trainer.caption_dropout import DropoutByTimestep, drop_captions, dropout_shares, may_drop
 from trainer.config import ExpertConfig, LossConfig
 from trainer.data import BatchReader, read_null_text
 from trainer.data_config import DataConfig
@@ -137,3 +137,17 @@ def test_an_expert_trains_with_it(world: Any, tmp_path: Any) -> None:
     sets = ("steps=2", "loss.caption_dropout={low=0.3, high=0.05}")
     assert train_expert(world.request(tmp_path / "run", *sets)) == 2
     assert "high = 0.05" in (tmp_path / "run" / "config.toml").read_text()
+
+
+def test_where_no_draw_is_below_the_largest_share_nothing_is_dropped(world: Any) -> None:
+    kept, null_text = batches(world, 60, "zeros")
+    spared = [batch for batch in kept if not may_drop(batch.places, 0.3, seed=0)]
+    for batch in spared:
+        left = drop_captions(batch, torch.full((3,), 0.3), null_text, seed=0)
+        assert torch.equal(left.text.prompt_embeds, batch.text.prompt_embeds)
+    others = [batch for batch in kept if may_drop(batch.places, 0.3, seed=0)]
+    for batch in others:
+        left = drop_captions(batch, torch.full((3,), 0.3), null_text, seed=0)
+        assert not torch.equal(left.text.prompt_embeds, batch.text.prompt_embeds)
+    assert min(len(spared), len(others)) > 5
+    assert not any(may_drop(batch.places, 0.0, seed=0) for batch in kept)

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ import pytest
 
 from shared.command import run_command
 from shared.errors import ConfigError, DataError
-from trainer.cli import _bundle_experts, _generate_images, _train_expert
+from tests.pictures import write_shapes
+from trainer.cli import _bundle_experts, _evaluate_experts, _generate_images, _train_expert
 from trainer.generate import read_prompts
 
 COMMANDS = ("train_expert", "generate_images", "bundle_experts", "evaluate_experts")
@@ -143,7 +145,9 @@ def test_generate_images_refuses_in_one_line(call: Call, world: Any, pair: tuple
         ([*good[1:], "--expert", str(pair[1])], 65, "two experts answer for"),
         ([good[1], good[1], *good[2:]], 65, "two experts answer for"),
         ([*good, "--model", str(tmp_path / "none")], 65, "no model folder"),
-        ([*good, "--out", str(tmp_path / "file")], 74, ""),
+        ([*good, "--out", str(tmp_path / "file")], 64, "is a file"),
+        ([*good, "--base", str(tmp_path / "none")], 65, f"--base {tmp_path / 'none'}: nothing is there"),
+        ([*good, "--base", str(tmp_path / "file")], 65, "file is neither a folder nor a .safetensors file"),
         ([*good, "--prompts", str(tmp_path / "none.txt")], 64, "none.txt: No such file"),
         ([*good, "--prompts", str(tmp_path / "bytes")], 65, "is not UTF-8 text (at byte 3)"),
         ([*(part for part in good if part != "--prompt=a red circle")], 64, "nothing to draw: give --prompt TEXT or"),
@@ -191,6 +195,33 @@ def test_bundle_experts_refuses_in_one_line(call: Call, world: Any, pair: tuple[
     for arguments, code, says in cases:
         refused(call(_bundle_experts, arguments), code, says)
     assert not (tmp_path / "out").exists()
+
+
+def test_evaluate_experts_refuses_in_one_line(call: Call, world: Any, pair: tuple[Path, Path], tmp_path: Path) -> None:
+    good = [f"--expert={pair[0]}", f"--expert={pair[1]}", f"--model={world.model}", f"--store={world.store}"]
+    good += [f"--out={tmp_path / 'out'}", "--device=cpu"]
+    (tmp_path / "file").write_text("\n")
+    all_trained = replace(world, pictures=write_shapes(tmp_path / "shapes", 4), store=tmp_path / "all-trained")
+    all_trained.build("split.eval_fraction=0")
+    cases: list[tuple[list[str], int, str]] = [
+        (good[2:], 64, "Missing option '--expert'"),
+        ([*good, "--expert", str(pair[1])], 65, "two experts answer for timesteps [0, 350)"),
+        ([*good, "--store", str(tmp_path / "none")], 65, "no store at"),
+        ([*good, "--store", str(all_trained.store)], 65, "holds no sample out"),
+        ([*good, "--manifest", "mian"], 65, "there are: main"),
+        ([*good, "--clip", str(tmp_path / "none"), "--prompt", "x"], 65, "no CLIP folder"),
+        ([*good, "--clip", str(tmp_path), "--prompt", "x"], 65, "no config.json in it; a whole CLIP folder"),
+        ([*good, "--prompts", str(tmp_path / "file")], 65, "file holds no prompt: nothing to draw"),
+        ([*good, "--scheduler", "plms"], 64, "known are unipc"),
+        ([*good, "--out", str(tmp_path / "file")], 64, "is a file"),
+        ([*good, "--base", str(tmp_path / "none")], 65, "none: nothing is there"),
+        ([*good, "--watch", "--tracker", "wandbee"], 64, "--tracker wandbee: known are tensorboard, wandb, trackio"),
+        ([*good, "--tracker", "tensorboard"], 64, "--tracker draws the curves of --watch"),
+        ([*good, "--watch", "--max-share", "2"], 64, "--max-share"),
+    ]
+    for arguments, code, says in cases:
+        refused(call(_evaluate_experts, arguments), code, says)
+    assert not (tmp_path / "out" / "report.json").exists()
 
 
 def test_prompts_come_from_the_command_line_and_then_from_a_file(tmp_path: Path) -> None:

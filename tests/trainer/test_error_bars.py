@@ -53,6 +53,15 @@ def test_a_difference_of_the_same_draws_is_known_better() -> None:
     assert error < alone / 20
 
 
+def test_a_part_that_is_drawn_once_a_stretch_is_not_certain() -> None:
+    """Its draws differ from nothing, so the other part's error would be promised for both."""
+    thin = {("a", n): (50 * n, 100.0 * n) for n in range(7)}
+    dense = made_up(random.Random(3), 2, 1.0, 0.5)
+    assert standard_error([(0.65, thin), (0.35, dense)]) is None
+    assert standard_error([(0.35, thin), (0.65, dense)]) is not None
+    assert standard_error([(1.0, thin)]) is None
+
+
 def test_parts_of_the_schedule_share_their_samples() -> None:
     """The error of the whole is not that of two independent halves: what is hard for one is hard for the other."""
     halves = made_up(random.Random(2), 4, 1.0, 0.1)

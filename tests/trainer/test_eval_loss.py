@@ -331,6 +331,22 @@ def test_bins_are_means_of_stretches_cut_to_the_range() -> None:
     assert bins.read(bins.take()) == []
 
 
+def test_bins_sum_any_number_of_micro_batches_in_their_order() -> None:
+    """In single precision the order of a sum shows in its last digits."""
+    source = torch.Generator().manual_seed(0)
+    t = torch.randint(350, 1000, (700, 3), generator=source)
+    losses = torch.rand(700, 3, generator=source)
+    bins = LossBins(BASE, CPU)
+    for one, loss in zip(t, losses, strict=True):
+        bins.add(one, loss)
+    sums, expected = bins.take(), [0.0] * 13
+    for where, loss in zip(((t - 350) // 50).flatten().tolist(), losses.flatten(), strict=True):
+        expected[where] = float(torch.tensor(expected[where]) + loss)
+    assert sums[0].tolist() == expected
+    assert sums[1].sum() == 2100
+    assert not bins.take().any()
+
+
 def test_training_tells_its_loss_by_timestep(world: Any, events: Events, tmp_path: Path) -> None:
     train_expert(world.request(tmp_path / "run", "steps=6", "batch=4", "accumulation=2", "log.every=3"))
     steps = events(tmp_path / "run", "step")

@@ -29,7 +29,7 @@ Judge = Callable[..., Any]
 
 @pytest.fixture(scope="session")
 def report(judge_in: Judge, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return judge_in(tmp_path_factory.mktemp("report"))
+    return judge_in(tmp_path_factory.mktemp("report"), draws=32)
 
 
 def loss_of(report: Any, name: str, low: int, high: int) -> Any:
@@ -140,7 +140,7 @@ def test_the_sweep_meets_the_pair_at_its_own_boundary(report: Any) -> None:
 
 
 def test_a_report_reads_back_and_is_the_same_again(report: Any, judge_in: Judge, tmp_path: Path) -> None:
-    again = judge_in(tmp_path / "out")
+    again = judge_in(tmp_path / "out", draws=32)
     assert again.rounds[0].losses == report.rounds[0].losses
     content = json.loads((tmp_path / "out" / "report.json").read_text())
     assert content["format"] == 1

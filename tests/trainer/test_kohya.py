@@ -6,15 +6,19 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import StableDiffusionXLPipeline
+from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers.utils import convert_unet_state_dict_to_peft
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from benchmarks.full_size import BASE, REFINER, SSD_1B
 from shared.errors import ConfigError
+from shared.original_layout import original_name, unet_modules
 from tests.trainer.unet_answer import answer
 from trainer.adapter import load_adapter
 from trainer.bundle import BundleRequest, bundle
 from trainer.checkpoint import open_expert
+from trainer.kohya import kohya_place
 from trainer.loop import train_expert
 from trainer.unet import load_unet
 
@@ -69,6 +73,26 @@ def test_its_workflow_puts_each_adapter_on_the_one_model(
         assert passed == ["RescaleCFG", "ModelSamplingDiscrete", "LoraLoaderModelOnly"]
         assert (out / lora).exists()
         assert lora == f"stage_{number}.safetensors"
+
+
+@pytest.mark.parametrize("config", [BASE, SSD_1B, REFINER], ids=["base", "ssd-1b", "refiner"])
+def test_every_layer_of_the_full_size_unets_has_the_name_that_programs_know(config: dict[str, Any]) -> None:
+    """kohya's scripts and ComfyUI: the original name in underscores; diffusers: it takes the name apart again."""
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**config)
+    layers = [name for name, own in unet.named_modules() if isinstance(own, torch.nn.Linear | torch.nn.Conv2d)]
+    places = {layer: kohya_place(layer, unet_modules(config)) for layer in layers}
+    assert len(set(places.values())) == len(layers)
+    weights = [original_name(f"{layer}.weight", unet_modules(config)).removesuffix(".weight") for layer in layers]
+    assert list(places.values()) == ["lora_unet_" + name.replace(".", "_") for name in weights]
+    # diffusers takes convolutions of the refiner's twelve blocks for others' (input_blocks_1 for input_blocks_10)
+    read = [layer for layer in layers if config is not REFINER or ".attentions." in layer]
+    ends = {".lora_down.weight": torch.zeros(4, 1), ".lora_up.weight": torch.zeros(1, 4), ".alpha": torch.tensor(4.0)}
+    file = {places[layer] + end: tensor for layer in read for end, tensor in ends.items()}
+    state, alphas = StableDiffusionXLPipeline.lora_state_dict(file, unet_config=unet.config)
+    back = {name.rpartition(".lora_")[0] for name in convert_unet_state_dict_to_peft(state)}
+    assert {name.removeprefix("unet.").replace(".processor", "") for name in back} == set(read)
+    assert len(alphas) == len(read)
 
 
 @pytest.mark.parametrize("targets", ["attention", "*.conv1"])

@@ -1,6 +1,7 @@
 """Stages as single files: every tensor comes back through diffusers' own loader, and every name is known."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,16 +10,39 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors import safe_open
 from safetensors.torch import load_file
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from benchmarks.full_size import BASE, REFINER, SSD_1B, VAE
 from shared.errors import ContractError
-from shared.original_layout import original_name, unet_modules, vae_modules
+from shared.original_layout import (
+    original_big_g,
+    original_clip_l,
+    original_name,
+    original_unet,
+    original_vae,
+    unet_modules,
+    vae_modules,
+)
+from shared.original_reading import read_parts
+from shared.tensor_file import LazyTensor
 from trainer.bundle import BundleRequest, bundle
 from trainer.bundle_stage import read_stages
 from trainer.checkpoint import open_expert
 from trainer.comfy import comfy_timesteps, step_range
 from trainer.original_file import architecture, load_file_pipeline, require_sayable
 from trainer.schedulers import make_scheduler
+
+
+@pytest.fixture(scope="module")
+def towers() -> list[Any]:
+    """SDXL's text encoders, without weights."""
+    sizes = {"intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+    big = {"intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20}
+    with torch.device("meta"):
+        return [
+            CLIPTextModel(CLIPTextConfig(hidden_size=768, projection_dim=768, **sizes)),
+            CLIPTextModelWithProjection(CLIPTextConfig(hidden_size=1280, projection_dim=1280, **big)),
+        ]
 
 
 @pytest.mark.parametrize("config", [BASE, SSD_1B, REFINER], ids=["base", "ssd-1b", "refiner"])
@@ -43,6 +67,42 @@ def test_every_key_of_the_full_size_vae_is_mapped_once_and_back() -> None:
     original = {"first_stage_model." + original_name(name, modules): tensor for name, tensor in shapes.items()}
     assert len(original) == len(shapes)
     assert convert_ldm_vae_checkpoint(dict(original), VAE).keys() == shapes.keys()
+
+
+def on_meta(tensors: Mapping[str, torch.Tensor]) -> dict[str, LazyTensor]:
+    return {name: LazyTensor("F16", tuple(tensor.shape), bytes) for name, tensor in tensors.items()}
+
+
+def test_every_key_of_the_full_size_second_text_encoder_is_known_to_diffusers(towers: list[Any]) -> None:
+    from diffusers.loaders.single_file_utils import convert_open_clip_checkpoint
+
+    stored = original_big_g(on_meta(towers[1].state_dict()), 1)
+    shapes = {name: torch.empty(own.shape, device="meta") for name, own in stored.items()}
+    back = convert_open_clip_checkpoint(towers[1], shapes, "conditioner.embedders.1.model.")
+    known = {f"text_model.{n}" if not n.startswith("text_") else n: t.shape for n, t in towers[1].state_dict().items()}
+    assert {name: tensor.shape for name, tensor in back.items()} == known
+
+
+@pytest.mark.parametrize("config", [BASE, SSD_1B, REFINER], ids=["base", "ssd-1b", "refiner"])
+def test_a_whole_file_at_full_size_is_read_back_by_its_shapes(config: dict[str, Any], towers: list[Any]) -> None:
+    """Without any settings: names, shapes and the UNet that is made of what they say."""
+    with torch.device("meta"):
+        unet, vae = UNet2DConditionModel(**config), AutoencoderKL(**VAE)
+    clip_l, big_g = (on_meta(tower.state_dict()) for tower in towers)
+    is_refiner = config is REFINER
+    file = original_unet(on_meta(unet.state_dict()), config) | original_vae(on_meta(vae.state_dict()), VAE)
+    file |= original_big_g(big_g, 0 if is_refiner else 1) | ({} if is_refiner else original_clip_l(clip_l))
+    own = {"unet": on_meta(unet.state_dict()), "vae": on_meta(vae.state_dict()), "text_encoder_2": big_g}
+    own |= {} if is_refiner else {"text_encoder": clip_l}
+    parts = read_parts(file)
+    assert parts.keys() == own.keys()
+    for part, tensors in own.items():
+        plain = {name.removeprefix("text_model."): tensor.shape for name, tensor in tensors.items()}
+        assert {n.removeprefix("text_model."): t.shape for n, t in parts[part].tensors.items()} == plain
+    with torch.device("meta"):
+        made = UNet2DConditionModel.from_config(parts["unet"].settings)
+    assert {n: t.shape for n, t in made.state_dict().items()} == {n: t.shape for n, t in unet.state_dict().items()}
+    assert list(made.config["attention_head_dim"]) == list(config["attention_head_dim"])
 
 
 def test_it_comes_back_tensor_by_tensor(

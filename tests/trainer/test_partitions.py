@@ -182,6 +182,8 @@ def test_a_store_without_what_a_process_reads_is_refused(machines: list[Any], tm
     request = machines[0].request(tmp_path / "run", *TWO)
     with pytest.raises(ConfigError, match=r"only part 0/2 of .*reads partition 0/2, 1/2.*--partition 1/2"):
         open_run(request)
+    with pytest.raises(ConfigError, match=r"--partition 2/4, then 3/4$"):
+        open_run(machines[0].request(tmp_path / "run", "partitions=4", "accumulation=4"))
     assert not (tmp_path / "run").exists()
     open_run(request, [0]).close()
     with pytest.raises(ConfigError, match="partitions was 2, is 4"):

@@ -12,8 +12,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from shared.device import choose_device
 from shared.errors import ConfigError
+from shared.seeding import derive_seed, make_generator
 from trainer.compiled import RECOMPILE_LIMIT, compile_blocks, recompiling_is_an_error
-from trainer.loop import train_expert
+from trainer.loop import at_a_stretch, train_expert
+from trainer.loss import place_noise
+from trainer.trained import seed_layers
 from trainer.unet import load_unet
 
 UNET = "checkpoints/step-00000002/unet/diffusion_pytorch_model.safetensors"
@@ -136,3 +139,31 @@ def test_nobody_waits_between_log_points(world: Any, tmp_path: Path, sets: tuple
     few, many = asked(2), asked(4)
     assert few  # the last step is a log point
     assert len(many) == len(few), many
+
+
+@pytest.mark.parametrize("first", [0, 5, 16])
+def test_what_is_drawn_at_a_stretch_is_what_each_step_would_draw(first: int) -> None:
+    asked: list[int] = []
+
+    def draw(step: int) -> Tensor:
+        asked.append(step)
+        return torch.tensor(step)
+
+    at = at_a_stretch(draw, steps=4)
+    assert [int(at(step)) for step in range(first, first + 20)] == list(range(first, first + 20))
+    assert len(asked) == len(set(asked)) <= 24
+
+
+@pytest.mark.parametrize("seed", [0, 7])
+def test_layers_draw_what_they_would_after_torchs_own_seeding(seed: int) -> None:
+    seed_layers(seed, (3, 8), torch.device("cpu"))
+    ours = torch.rand(20)
+    torch.manual_seed(derive_seed(seed, "layers", 3, 8))
+    assert torch.equal(ours, torch.rand(20))
+
+
+def test_noise_is_torchs_of_each_places_generator() -> None:
+    like = torch.zeros(3, 4, 6, 5, dtype=torch.float16)
+    places = [(0, 1), (0, 2), (4, 1)]
+    for noise, place in zip(place_noise(3, "eps", places, like), places, strict=True):
+        assert torch.equal(noise, torch.randn(4, 6, 5, generator=make_generator(3, "eps", *place)))

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from shared.errors import ConfigError
 from trainer import watch as watch_module
 from trainer.evaluate import EvaluateRequest
 from trainer.gallery import PictureWish
 from trainer.report import read_report
-from trainer.watch import watch
+from trainer.watch import room_bytes, watch
 
 Pair = tuple[Path, Path]
 
@@ -142,6 +143,18 @@ def test_rounds_take_no_more_than_their_share(
     report = read_report(request_of.out)
     assert report is not None
     assert rests[0] >= 3 * report.rounds[0].took_s
+
+
+def test_the_room_of_a_round_is_that_of_fp32_however_it_is_saved(tiny_model: Path, tmp_path: Path) -> None:
+    whole, half = tmp_path / "whole", tmp_path / "half"
+    shutil.copytree(tiny_model / "unet", whole)
+    half.mkdir()
+    tensors = load_file(whole / "diffusion_pytorch_model.safetensors")
+    save_file({name: own.half() for name, own in tensors.items()}, half / "diffusion_pytorch_model.safetensors")
+    shutil.copy(half / "diffusion_pytorch_model.safetensors", whole / "diffusion_pytorch_model.fp16.safetensors")
+    weights_bytes = sum(own.numel() * 4 for own in tensors.values())
+    assert room_bytes([half]) == room_bytes([whole]) == room_bytes([half, tmp_path / "removed"])
+    assert room_bytes([half]) == int(1.5 * weights_bytes)
 
 
 def test_what_cannot_be_followed_is_named(request_of: EvaluateRequest, pair: Pair, runs: Pair) -> None:
