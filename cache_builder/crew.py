@@ -19,9 +19,7 @@ from shared.progress import say
 IN_FLIGHT = 2  # for each worker: one that is encoded and one that is decoded
 LOOK_S = 1.0
 LOST_S = 300.0  # without a single worker; a cluster may be replacing a machine
-DEATHS_AMONG_OTHERS = (
-    4  # of workers over one task, the last three with nothing else to do; then it waits for the others
-)
+DEATHS_AMONG_OTHERS = 4  # of workers over one task, the last three with nothing else to do; then it is set aside
 DEATHS_AT_THE_END = 3  # more, with no other task in the whole cluster: workers die of other things too, not for ever
 MOST_FAILED_STARTS = 5  # of workers in a row
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from cache_builder.keys import facts_key, text_facts_key
+from shared.errors import ExpertsError
 from shared.manifest import Manifest, seal_manifest
 from shared.manifest_rows import ManifestRow, ManifestSettings, Variant
 from shared.pictures import PixelRules
@@ -86,6 +87,15 @@ def write_store(
     with StoreWriter(store) as writer:
         writer.put_many(sorted(records_of(rows).items()))
     return seal_manifest(store, name, settings(datasets), rows, allow_shrink=True)
+
+
+def stored(store: Path) -> int:
+    """Records so far; 0 where there is no store yet."""
+    try:
+        with StoreReader(store) as reader:
+            return reader.count()
+    except ExpertsError:
+        return 0
 
 
 def records(store: Path) -> dict[bytes, bytes]:

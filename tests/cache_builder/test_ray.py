@@ -18,11 +18,9 @@ import psutil
 import pytest
 
 from cache_builder.transfer.store_import import import_store
-from shared.errors import ExpertsError
 from shared.manifest import open_manifest
-from shared.store import StoreReader
 from tests.pictures import write_shapes
-from tests.stores import records
+from tests.stores import records, stored
 
 pytest.importorskip("ray")
 pytestmark = [
@@ -131,15 +129,6 @@ def test_workers_that_are_killed_change_nothing(
     assert done.code == 0, done.errors
     assert killed
     assert is_same(tmp_path / "store", here)
-
-
-def stored(store: Path) -> int:
-    """Records so far; 0 where there is no store yet."""
-    try:
-        with StoreReader(store) as reader:
-            return reader.count()
-    except ExpertsError:
-        return 0
 
 
 def test_a_node_that_is_killed_five_times_loses_nothing(

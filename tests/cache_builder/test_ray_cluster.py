@@ -11,12 +11,10 @@ import psutil
 import pytest
 
 from cache_builder.places import open_place
-from shared.errors import ExpertsError
 from shared.manifest import open_manifest
-from shared.store import StoreReader
 from tests.pictures import write_shapes
 from tests.ray_cluster import LiveCluster, kill_node, live_cluster
-from tests.stores import records
+from tests.stores import records, stored
 
 pytest.importorskip("ray")
 pytestmark = pytest.mark.slow
@@ -50,14 +48,6 @@ def on_cluster(
         return commands.start_build(folder, store, tiny_model, *joined, "--set", "ray.chunk=2", *more)
 
     return start
-
-
-def stored(store: Path) -> int:
-    try:
-        with StoreReader(store) as reader:
-            return reader.count()
-    except ExpertsError:
-        return 0
 
 
 def wait_until(is_so: Callable[[], object]) -> None:
