@@ -67,6 +67,8 @@ def listed_holder(path: Path) -> str | None:
     import psutil
 
     try:
+        if not path.is_file():  # a pipe would be waited for, for ever
+            return None
         said, inode = path.read_text(errors="replace").strip(), path.stat().st_ino
     except OSError:
         return None

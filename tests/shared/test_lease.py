@@ -1,6 +1,7 @@
 """Who holds a lease is told without taking it."""
 
 import fcntl
+import os
 from pathlib import Path
 
 import pytest
@@ -45,3 +46,8 @@ def test_where_the_kernel_lists_no_locks_whoever_is_named_and_lives(
     path.write_text("pid 4194304 on nowhere\n")
     assert listed_holder(path) is None
     lease.release()
+
+
+def test_a_pipe_in_a_locks_place_is_held_by_nobody(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "lock")
+    assert listed_holder(tmp_path / "lock") is None  # and is not waited for
