@@ -15,7 +15,7 @@ demo: .venv/demo.done
 	$(BIN)/python -m demo.main_job $(OUT)
 
 test: check
-	$(BIN)/python -m pytest --durations=10
+	$(BIN)/python -m pytest -n 2 --dist loadfile --durations=10
 
 check: .venv/test.done
 	$(BIN)/ruff format --check .

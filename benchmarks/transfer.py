@@ -1,8 +1,10 @@
 """Export and import of a store against copying its file: `python -m benchmarks.transfer [--gib 3] [--to URL]`.
 
 A store of 1024 px samples (moments and text embeds, as a build makes them) with its manifest. Each round, one after the
-other: `cp` of data.mdb and fsync; export to an empty place; import into no store. All that is written is synced. Ratios
-of one round count; on a disk whose rate varies, more --rounds. With --to s3://... the server is measured, not the disk.
+other: `cp` of data.mdb and fsync; export to an empty place; import into no store. What each reads comes from the disk,
+as a store larger than the memory does, and all that is written is synced; with --warm the store that `cp` and the
+export read lies in memory. Ratios of one round count; on a disk whose rate varies, more --rounds. With --to s3://...
+the server is measured, not the disk.
 """
 
 import argparse
@@ -25,6 +27,7 @@ from cache_builder.transfer.store_import import import_store
 from shared.atomic import sync_file
 from shared.manifest import seal_manifest
 from shared.manifest_rows import ManifestRow, Variant
+from shared.page_cache import drop_cached
 from shared.parts import Part
 from shared.store import StoreWriter
 from tests.stores import settings
@@ -71,6 +74,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.transfer", description="Export and import against cp and fsync.")
     parser.add_argument("--gib", type=float, default=3, help="size of the store (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="times each is measured (default: %(default)s)")
+    parser.add_argument("--warm", action="store_true", help="leave in memory what cp and the export read")
     parser.add_argument("--to", metavar="URL", help="export there, not beside the store; it must be empty")
     parser.add_argument(
         "--folder", type=Path, help="where to work; the disk that is measured (default: a temporary one)"
@@ -81,7 +85,7 @@ def main() -> int:
         work = Path(name)
         sample_bytes = sum(len(value) for _, value in records_of(MOMENTS, 0))
         write_store(work / "store", max(1, round(options.gib * 2**30 / sample_bytes)))
-        rates = measure(work, options.rounds, options.to)
+        rates = measure(work, options.rounds, options.to, options.warm)
     for title, reached in rates.items():
         print(f"{title:24} {median(reached):7.0f} MB/s", end="")
         ratio = median(rate / copied for rate, copied in zip(reached, rates["cp and fsync"], strict=True))
@@ -91,7 +95,7 @@ def main() -> int:
     return 0
 
 
-def measure(work: Path, rounds: int, to: str | None) -> dict[str, list[float]]:
+def measure(work: Path, rounds: int, to: str | None, is_warm: bool) -> dict[str, list[float]]:
     """MB/s of the store's bytes in each round; of a part, of the bytes that it has."""
     store, size = work / "store", (work / "store/data.mdb").stat().st_size
     rates: dict[str, list[float]] = {}
@@ -110,6 +114,8 @@ def measure(work: Path, rounds: int, to: str | None) -> dict[str, list[float]]:
             ),
         }
         for title, (way, done_bytes) in ways.items():
+            if not is_warm:
+                forget(store, work / "export")
             began_s = time.perf_counter()
             way()
             elapsed_s = time.perf_counter() - began_s
@@ -119,6 +125,12 @@ def measure(work: Path, rounds: int, to: str | None) -> dict[str, list[float]]:
             path.unlink() if path.is_file() else shutil.rmtree(path, ignore_errors=True)
         os.sync()
     return rates
+
+
+def forget(*folders: Path) -> None:
+    """Let what the folders hold go from memory."""
+    for path in (path for folder in folders for path in folder.rglob("*") if path.is_file()):
+        drop_cached(path, 0, path.stat().st_size)
 
 
 def copy_file(source: Path, target: Path) -> None:

@@ -24,7 +24,6 @@ from tests.stores import records, stored
 
 pytest.importorskip("ray")
 pytestmark = [
-    pytest.mark.slow,
     pytest.mark.filterwarnings("ignore::ResourceWarning"),  # Ray leaves files and processes to its end
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
@@ -119,6 +118,7 @@ def test_two_workers_fill_the_store_that_one_process_does_on_loopback_alone(
     assert not any("Traceback" in line for line in done.errors)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(int(os.environ.get("SDXL_EXPERTS_RAY_KILLS", "1"))))
 def test_workers_that_are_killed_change_nothing(
     tmp_path: Path, pictures: Path, here: Path, on_ray: Any, seed: int
@@ -131,6 +131,7 @@ def test_workers_that_are_killed_change_nothing(
     assert is_same(tmp_path / "store", here)
 
 
+@pytest.mark.slow
 def test_a_node_that_is_killed_five_times_loses_nothing(
     tmp_path: Path, commands: Any, tiny_model: Path, on_ray: Any
 ) -> None:
@@ -154,6 +155,7 @@ def test_a_node_that_is_killed_five_times_loses_nothing(
     assert is_same(store, tmp_path / "here")
 
 
+@pytest.mark.slow
 def test_shards_that_workers_write_are_imported_as_the_store_of_one_process(
     tmp_path: Path, pictures: Path, here: Path, on_ray: Any
 ) -> None:
@@ -165,6 +167,7 @@ def test_shards_that_workers_write_are_imported_as_the_store_of_one_process(
     assert is_same(tmp_path / "store", here)
 
 
+@pytest.mark.slow
 def test_an_address_where_nobody_answers_is_one_line(tmp_path: Path, pictures: Path, on_ray: Any) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -176,6 +179,7 @@ def test_an_address_where_nobody_answers_is_one_line(tmp_path: Path, pictures: P
     assert not (tmp_path / "store").exists()
 
 
+@pytest.mark.slow
 def test_sigterm_ends_the_build_and_ray(tmp_path: Path, pictures: Path, on_ray: Any) -> None:
     running = on_ray(pictures, tmp_path / "store")
     end_s = time.monotonic() + 120
