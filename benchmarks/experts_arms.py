@@ -25,8 +25,6 @@ VARIATIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("loss.caption_dropout={low=0.17, high=0.05}",),
         ("loss.caption_dropout={low=0.3, high=0.17}",),
     ),
-    "overlap 50": (("loss.overlap=50",), ("loss.overlap=50",)),
-    "jitter 50": (("loss.overlap={width=50, jitter=true}",), ("loss.overlap={width=50, jitter=true}",)),
     "exposure 0.1": ((), ("loss.exposure.share=0.1",)),
 }
 

@@ -9,7 +9,7 @@ from itertools import combinations
 from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 
 from shared.conditioning import Layout
 from shared.errors import ContractError
@@ -98,15 +98,6 @@ class StartFacts(_Facts):
     """The adapter that it is, if it is one."""
 
 
-class OverlapFacts(_Facts):
-    """Timesteps beyond its range that an expert was trained on too."""
-
-    width: int
-    """How many, at each edge where another expert goes on."""
-    jitter: bool
-    """Whether each step drew how far its edges lie, from 0 to width."""
-
-
 class ExposureFacts(_Facts):
     """What an expert was shown of its partner's predictions where the partner hands over to it."""
 
@@ -151,12 +142,16 @@ class ExpertFacts(_Facts):
     """What unet/ and ema/ hold in place of a whole UNet, if the expert is an adapter."""
     start: StartFacts | None = None
     """The expert that training started from, if it was one."""
-    overlap: OverlapFacts | None = None
-    """What it was trained on beyond its range, if anything; it answers for its range alone."""
     exposure: ExposureFacts | None = None
     """What it met of a partner's predictions, if anything."""
     manifests: tuple[ManifestUse, ...]
     """Manifests it was trained on, in order."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_overlap(cls, given: object) -> object:
+        """Files of this format may tell of a band beyond the range, in which an expert was trained and never asked."""
+        return {key: value for key, value in given.items() if key != "overlap"} if isinstance(given, dict) else given
 
     @property
     def timesteps(self) -> TimestepRange:

@@ -12,19 +12,10 @@ from torch import Tensor
 from shared.schedule import BETAS, STRATUM_BITS, NoiseSchedule, TimestepRange, cumulate
 from trainer.config import ExpertConfig
 from trainer.exposure_config import chance_in_reach
-from trainer.overlap import widest_range
 from trainer.timestep_bias import timestep_shares
 
 FAINT = 10.0  # a pseudo-Huber c above this bends no error of latents, whose deviation is about 1
 IDLE = "changes nothing"
-
-
-def describe_timesteps(config: ExpertConfig) -> str:
-    """The expert's range, and beside it what training draws from where that is more."""
-    widest = _widest(config)
-    if widest == config.range:
-        return str(config.range)
-    return f"{config.range}, trained on {'up to ' if config.loss.overlap.jitter else ''}{widest}"
 
 
 def objective_advice(config: ExpertConfig) -> list[str]:
@@ -112,19 +103,6 @@ def _timestep_bias(config: ExpertConfig) -> Iterator[str]:
             )
 
 
-def _overlap(config: ExpertConfig) -> Iterator[str]:
-    """What of the training goes to timesteps that another expert answers for."""
-    overlap, beyond = config.loss.overlap, len(_widest(config)) - len(config.range)
-    if not overlap.width:
-        return
-    setting = f"loss.overlap = {overlap.width}"
-    if not beyond:
-        yield f"{setting} {IDLE}: {config.range} has no edge where another expert goes on"
-        return
-    share = f"{'up to ' if overlap.jitter else ''}{beyond / len(_widest(config)):.1%}"
-    yield f"{setting} spends {share} of a step's samples beyond {config.range}, where another expert answers"
-
-
 def _exposure(config: ExpertConfig) -> Iterator[str]:
     """How often the partner is asked, and where."""
     own, bias = config.loss.exposure, config.loss.timestep_bias
@@ -159,7 +137,6 @@ _PARTS = (
     _offset_noise,
     _input_perturbation,
     _timestep_bias,
-    _overlap,
     _exposure,
     _spacing,
     _caption_dropout,
@@ -170,10 +147,6 @@ def _schedule(config: ExpertConfig) -> NoiseSchedule:
     own = config.schedule
     betas = BETAS[own.beta_schedule](own.num_timesteps, own.beta_start, own.beta_end)
     return NoiseSchedule(betas, zero_terminal_snr=own.zero_terminal_snr)
-
-
-def _widest(config: ExpertConfig) -> TimestepRange:
-    return widest_range(config.loss.overlap, config.range, config.schedule.num_timesteps)
 
 
 def _timesteps(config: ExpertConfig) -> Tensor:

@@ -14,7 +14,6 @@ from trainer.caption_dropout import DropoutByTimestep
 from trainer.data_config import DataConfig
 from trainer.exposure_config import ExposureConfig, chance_in_reach
 from trainer.optimizer_config import OptimizerConfig
-from trainer.overlap import Overlap
 from trainer.timestep_bias import TimestepBias, timestep_shares
 
 
@@ -62,7 +61,6 @@ class LossConfig(Config):
     input_perturbation: float = Field(0.0, ge=0, le=1)
     """Deviation of noise that is added to what the UNet is shown and not to what it is asked for."""
     timestep_bias: TimestepBias = TimestepBias()
-    overlap: Overlap = Overlap()
     exposure: ExposureConfig = ExposureConfig()
     caption_dropout: DropoutByTimestep = DropoutByTimestep(low=0.1, high=0.1)
     """Share of samples trained without their caption, for classifier-free guidance; {low, high} runs with t."""
@@ -228,10 +226,6 @@ class ExpertConfig(Config):
         is_last_alone = self.timesteps.low == self.schedule.num_timesteps - 1
         if is_last_alone and self.schedule.zero_terminal_snr and self.loss.min_snr_gamma is not None:
             raise ValueError("loss.min_snr_gamma weighs the last timestep by its SNR, which zero_terminal_snr makes 0")
-        if self.loss.overlap.width and self.loss.timestep_bias.strategy != "none":
-            raise ValueError(
-                "loss.overlap and loss.timestep_bias exclude each other: a bias says nothing beyond the range"
-            )
         try:
             timestep_shares(self.loss.timestep_bias, self.range)
             if self.loss.exposure.share:

@@ -19,7 +19,7 @@ from shared.errors import DataError, Stopped
 from shared.progress import progress, say
 from shared.stopping import stop_requests
 from shared.store import StoreReader
-from trainer.advice import describe_timesteps, objective_advice
+from trainer.advice import objective_advice
 from trainer.checkpoint import TrainingState, save_checkpoint
 from trainer.compiled import compile_blocks, recompiling_is_an_error, warm_up
 from trainer.config import ExpertConfig
@@ -115,7 +115,7 @@ def train_expert(request: Request) -> int:
         seen = describe_view(run.manifest, pools)
         if config.partitions > 1:
             seen += f", {partitions_text(partitions, config.partitions)}"
-        say(f"{config.name}: timesteps {describe_timesteps(config)}, {seen}, {device}, {config.precision}")
+        say(f"{config.name}: timesteps {config.range}, {seen}, {device}, {config.precision}")
         if partner is not None:
             run.log.write("partner", step=run.first_step, **partner.fields())
         for line in [*objective_advice(config), *start_advice(config, request.model, request.start)]:
@@ -124,7 +124,7 @@ def train_expert(request: Request) -> int:
 
         held_out = HeldOut(run, store, loss, device) if processes.is_first else None
         draw_timesteps = at_a_stretch(lambda step: loss.timesteps(step, config.batch * config.accumulation, device))
-        bins = LossBins(loss.trained, device)
+        bins = LossBins(loss.within, device)
         meter, save_turns = Meter(config.batch * config.accumulation), SaveTurns(config.checkpoint)
         advance_bar = progress(config.name, config.steps, "steps", run.first_step)
         with closing(batches), closing(curves), recompiling_is_an_error(config.compile), advance_bar as advance:

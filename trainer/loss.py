@@ -29,7 +29,6 @@ from shared.seeding import make_generator
 from trainer.batch import Batch
 from trainer.caption_dropout import drop_captions, dropout_shares, may_drop
 from trainer.config import LossConfig
-from trainer.overlap import drawn_range, widest_range
 from trainer.timestep_bias import timestep_shares
 
 # (x_t [B, 4, h, w], t int64 [B], text, time_ids [B, 6]) -> prediction [B, 4, h, w]
@@ -51,11 +50,6 @@ class DenoisingLoss:
     null_text: PromptEmbeds | None = None  # [1, ...], in place of captions that are dropped; None: zeros
     expose: Expose | None = None  # samples that come from the partner; None: there are none
 
-    @property
-    def trained(self) -> TimestepRange:
-        """Every timestep that training may draw: the range, and what overlaps with others'."""
-        return widest_range(self.settings.overlap, self.within, len(self.schedule))
-
     @cached_property
     def _dropout_shares(self) -> Tensor:
         return dropout_shares(self.settings.caption_dropout, self.within).to(self.schedule.device)
@@ -72,8 +66,7 @@ class DenoisingLoss:
         """Timesteps of all `count` samples of optimizer step `step`, int64 [count], stratified over its range."""
         generator = make_generator(self.seed, "t", step, device=device)
         if self.settings.timestep_bias.strategy == "none":
-            within = drawn_range(self.settings.overlap, self.within, len(self.schedule), self.seed, step)
-            return sample_timesteps(within, count, generator)
+            return sample_timesteps(self.within, count, generator)
         return sample_biased_timesteps(self.within, self._bias_sums, count, generator)
 
     def __call__(self, predict: Predict, batch: Batch, t: Tensor) -> Tensor:
@@ -90,8 +83,7 @@ class DenoisingLoss:
             x_0 = sample_latents(batch.moments, self.scaling_factor, posterior_eps)
             eps = self.expose(batch, x_0, eps, t)
         if may_drop(batch.places, self._most_dropped, self.seed):
-            shares = self._dropout_shares[t.clamp(self.within.low, self.within.high - 1) - self.within.low]
-            batch = drop_captions(batch, shares, self.null_text, self.seed)
+            batch = drop_captions(batch, self._dropout_shares[t - self.within.low], self.null_text, self.seed)
         shown_eps = eps
         if self.settings.input_perturbation:
             shown_eps = eps + self.settings.input_perturbation * self.noise("perturbation", batch)

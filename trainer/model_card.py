@@ -130,9 +130,6 @@ def _made_of(facts: ExpertFacts, datasets: Sequence[str]) -> Iterable[str]:
     if facts.start:
         own = TimestepRange(facts.start.low, facts.start.high)
         yield f"weights that training started from: expert {code(facts.start.name)} {own}, step {facts.start.step}"
-    if facts.overlap:
-        reach = "up to" if facts.overlap.jitter else "with"
-        yield f"timesteps beyond its own: trained {reach} {facts.overlap.width} at each edge where a partner goes on"
     if facts.exposure:
         met = f"{facts.exposure.share:.3g} of its samples, within {facts.exposure.reach} timesteps of the edge,"
         yield f"hand-over exposure: {met} came from predictions of {code(facts.exposure.partner)}"

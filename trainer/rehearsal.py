@@ -20,7 +20,7 @@ from shared.device import choose_device
 from shared.errors import StoreFull
 from shared.progress import say
 from shared.store import StoreReader
-from trainer.advice import describe_timesteps, objective_advice
+from trainer.advice import objective_advice
 from trainer.config import ExpertConfig
 from trainer.data import BatchReader, read_null_text
 from trainer.exposure import exposure_to
@@ -116,7 +116,7 @@ def rehearse(request: Request, *, with_timing: bool = True) -> Rehearsal:
     per_epoch = order.per_epoch(8) / config.accumulation
     return Rehearsal(
         name=config.name,
-        timesteps=describe_timesteps(config),
+        timesteps=str(config.range),
         goes_on_after=done,
         steps=config.steps,
         samples=sum(map(row_count, pools)),

@@ -301,7 +301,6 @@ def _new_card(request: Request, manifest: Manifest, start: Start) -> ExpertCard:
         trainable=config.trainable,
         adapter=config.adapter.facts() if config.adapter else None,
         start=start.facts,
-        overlap=config.loss.overlap.facts(),
         manifests=(ManifestUse(name=manifest.name, digest=manifest.digest, from_step=0, from_epoch=0),),
     )
     return ExpertCard(contract=_contract(config, manifest, facts), facts=facts)

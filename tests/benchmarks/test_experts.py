@@ -40,7 +40,7 @@ def test_variations_change_what_they_say_alone() -> None:
         exposed = [run for run in arm.runs if any(one.startswith("loss.exposure") for one in run.sets)]
         assert [run.partner for run in arm.runs if run.partner] == [arm.runs[-1].name for _ in exposed]
     assert len({run.name for arm in found for run in arm.runs}) > len(plain) - 2
-    assert [*variations(700, 350, 0, ["overlap 50"])] == [arm for arm in found if "overlap" in arm.name]
+    assert [*variations(700, 350, 0, ["exposure 0.1"])] == [arm for arm in found if "exposure" in arm.name]
 
 
 def test_a_partner_is_trained_before_who_asks_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -107,6 +107,14 @@ def test_card_survives_json() -> None:
     assert ExpertCard.model_validate(json.loads(before.model_dump_json())) == before
 
 
+@pytest.mark.parametrize("overlap", [None, {"width": 50, "jitter": False}])
+def test_a_file_that_tells_of_a_band_beyond_the_range_is_read(overlap: Any) -> None:
+    known = card("base", 350, 1000)
+    written = known.model_dump(mode="json")
+    written["facts"]["overlap"] = overlap
+    assert ExpertCard.model_validate_json(json.dumps(written)) == known
+
+
 @pytest.mark.parametrize("place", ["", "contract", "facts"])
 def test_unknown_fields_and_other_formats_are_refused(place: str) -> None:
     content = json.loads(card("base", 350, 1000).model_dump_json())

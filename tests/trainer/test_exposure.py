@@ -143,7 +143,7 @@ def test_its_share_of_samples_near_the_edge_and_none_elsewhere() -> None:
     assert abs(float(begin.double().mean()) - 399.5) < 1
     assert torch.equal(expose.is_chosen(places[:7], t[:7]), chosen[:7])
     assert not torch.equal(replace(expose, seed=2).is_chosen(places, t), chosen)
-    assert not expose.is_chosen(places, t + 350).any()  # an overlap's timesteps are the partner's
+    assert not expose.is_chosen(places, t + 350).any()  # they are the partner's
 
 
 def test_others_keep_their_noise_and_company_changes_nothing() -> None:
