@@ -4,7 +4,8 @@ source.scan() -> look_at -> Seen, in the order of the source -> scan.py
 
 What the scan cache knows is not opened, and where it has the facts no record of the store is read either: they are
 kept beside the digest, under the key that they have in the store. Of the rest, large files are read and hashed in
-threads (reading and hashing let other threads run), small ones at once: handing one over costs more than it saves.
+threads (reading and hashing let other threads run), small ones at once, a batch in one transaction: handing one over
+costs more than it saves.
 """
 
 import itertools

