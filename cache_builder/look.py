@@ -4,22 +4,22 @@ source.scan() -> look_at -> Seen, in the order of the source -> scan.py
 
 What the scan cache knows is not opened, and where it has the facts no record of the store is read either: they are
 kept beside the digest, under the key that they have in the store. Of the rest, large files are read and hashed in
-threads (reading and hashing let other threads run), small ones at once: handing one over costs more than it saves.
+threads (reading and hashing let other threads run), small ones at once, a batch in one transaction: handing one over
+costs more than it saves.
 """
 
 import itertools
 import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from cache_builder.keys import facts_keys_under, image_digest
 from cache_builder.scan_cache import ScanCache, State
 from cache_builder.sources import Found
 from cache_builder.split import THUMBNAIL_BYTES, Thumbnail
-from shared.errors import RecordCorrupt
+from shared.errors import DataError, RecordCorrupt
 from shared.pictures import PixelLimits, PixelRules, read_size
 from shared.snapshot import Snapshot
 from shared.store import Store
@@ -35,14 +35,22 @@ T = TypeVar("T")
 Facts = tuple[tuple[int, int], Thumbnail]
 
 
-@dataclass(frozen=True, slots=True)
-class Seen:
+class Seen(NamedTuple):
     """What a scan needs of one picture; without a thumbnail where no build has decoded it yet."""
 
     digest: bytes
     facts_key: bytes
     size_hw: tuple[int, int]
     thumbnail: Thumbnail | None
+
+
+class Unusable(NamedTuple):
+    """A picture that a scan cannot use, and why."""
+
+    reason: str
+
+
+Look = Seen | Unusable
 
 
 @dataclass(frozen=True)
@@ -64,17 +72,27 @@ class Looker:
         with self.store.snapshot() as snapshot:
             return [(state, self._known(item, state, snapshot)) for item, state in zip(items, states, strict=True)]
 
-    def read(self, item: Found, state: State | None) -> Seen:
-        """What the bytes of a picture say; raises DataError."""
-        data = item.read()
-        digest = image_digest(data)
-        key = self.facts_key(digest)
-        with self.store.snapshot() as snapshot:
-            facts = _facts(key, snapshot)
-        size_hw, thumbnail = facts or (read_size(data, self.limits), None)
-        if state is not None and (after := _state(item)) is not None:
+    def read_alone(self, item: Found, state: State | None) -> Look:
+        """What the bytes of a picture say, from any thread."""
+        return self.read(item, state, None)
+
+    def read(self, item: Found, state: State | None, snapshot: Snapshot | None) -> Look:
+        """The same, with what stands in `snapshot` of the store, or in one of its own."""
+        try:
+            data = item.read()
+            digest = image_digest(data)
+            key = self.facts_key(digest)
+            facts = self._stored(key) if snapshot is None else _facts(key, snapshot)
+            size_hw, thumbnail = facts or (read_size(data, self.limits), None)
+        except DataError as error:
+            return Unusable(str(error))  # not the error itself, which would hold on to the bytes
+        if state is not None and self.cache.would_keep(state) and (after := _state(item)) is not None:
             self.cache.put("picture", item.path, state, after, _remember(digest, key, facts))
         return Seen(digest, key, size_hw, thumbnail)
+
+    def _stored(self, key: bytes) -> Facts | None:
+        with self.store.snapshot() as snapshot:
+            return _facts(key, snapshot)
 
     def _known(self, item: Found, state: State | None, snapshot: Snapshot) -> Seen | None:
         if state is None or (value := self.cache.get("picture", item.path, state)) is None:
@@ -91,29 +109,42 @@ class Looker:
         return None
 
 
-def look_at(
-    looker: Looker, items: Iterable[tuple[Found, T]], threads: int
-) -> Iterator[tuple[tuple[Found, T], Callable[[], Seen]]]:
-    """Each item, in order, with a call that gives what is seen of it or raises DataError."""
+def look_at(looker: Looker, items: Iterable[tuple[Found, T]], threads: int) -> Iterator[tuple[tuple[Found, T], Look]]:
+    """Each item, in order, with what is seen of it."""
     rest = iter(items)
     # Pools start no thread before there is work.
     with ThreadPoolExecutor(threads) as pool, ThreadPoolExecutor(SLOW_AT_ONCE) as waiting:
         while batch := list(itertools.islice(rest, FILES_AT_ONCE)):
-            looks: list[Callable[[], Seen]] = []
-            for (item, _), (state, seen) in zip(batch, looker.remembered([item for item, _ in batch]), strict=True):
-                if seen is not None:
-                    looks.append(partial(_same, seen))
-                elif item.is_slow:
-                    looks.append(waiting.submit(looker.read, item, state).result)
-                elif state is not None and state[0] < WORTH_A_THREAD_BYTES:
-                    looks.append(partial(looker.read, item, state))
-                else:
-                    looks.append(pool.submit(looker.read, item, state).result)
-            yield from zip(batch, looks, strict=True)
+            found = looker.remembered([item for item, _ in batch])
+            looks = [_begin(looker, item, *each, pool, waiting) for (item, _), each in zip(batch, found, strict=True)]
+            with looker.store.snapshot() as snapshot:
+                for index, look in enumerate(looks):
+                    if look is None:
+                        looks[index] = looker.read(batch[index][0], found[index][0], snapshot)
+            yield from zip(batch, map(_awaited, looks), strict=True)
 
 
-def _same(seen: Seen) -> Seen:
-    return seen
+def _begin(
+    looker: Looker,
+    item: Found,
+    state: State | None,
+    seen: Seen | None,
+    pool: ThreadPoolExecutor,
+    waiting: ThreadPoolExecutor,
+) -> "Future[Look] | Look | None":
+    """What is known, or what a thread finds out; None for a small file, which is read at once."""
+    if seen is not None:
+        return seen
+    if item.is_slow:
+        return waiting.submit(looker.read_alone, item, state)
+    if state is not None and state[0] < WORTH_A_THREAD_BYTES:
+        return None
+    return pool.submit(looker.read_alone, item, state)
+
+
+def _awaited(look: "Future[Look] | Look | None") -> Look:
+    assert look is not None
+    return look.result() if isinstance(look, Future) else look
 
 
 def _state(item: Found) -> State | None:

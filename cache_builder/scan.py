@@ -15,7 +15,7 @@ from cache_builder.buckets import CropPlan, Size, make_buckets, nearest_bucket, 
 from cache_builder.config import BuildConfig, ImageRules
 from cache_builder.key_arrays import Indices, as_keys
 from cache_builder.keys import KeyOf, crop_draw, latent_keys_of, subset_rank, text_keys_for
-from cache_builder.look import Looker, Seen, look_at
+from cache_builder.look import Look, Looker, Unusable, look_at
 from cache_builder.report import BuildReport
 from cache_builder.sample_rows import DataSet, packed
 from cache_builder.samples import MOST_PLANS, Samples
@@ -24,7 +24,7 @@ from cache_builder.skip import reason_to_skip
 from cache_builder.sources import Found, Remembering, Skipped, Source
 from cache_builder.texts import filter_captions, says_a_side, write_texts
 from shared.errors import DataError
-from shared.pictures import PictureError, PixelLimits, PixelRules
+from shared.pictures import PictureError, PixelLimits, PixelRules, quiet
 from shared.progress import progress
 from shared.store import Store
 from shared.vae import EncodeDtype
@@ -88,11 +88,11 @@ class Scanner:
         if isinstance(source, Remembering):
             source.cache = cache
         looker = Looker(self.pixel_rules, self.limits, store, cache)
-        with progress(f"scan of {source.dataset_id}", None, "pictures") as advance:
+        with progress(f"scan of {source.dataset_id}", None, "pictures") as advance, quiet():
             looks = look_at(looker, self._wanted(source), self.config.encode.threads)
             for number, ((item, captions), look) in enumerate(looks, 1):
                 try:
-                    self._add(samples, item, captions, look())
+                    self._add(samples, item, captions, look)
                 except DataError as error:
                     self.report.quarantined.append((item.path, str(error)))
                 if not number % SCANNED_AT_ONCE:
@@ -122,8 +122,10 @@ class Scanner:
         self.report.skipped["no caption" if not item.captions else "empty caption"] += 1
         return None
 
-    def _add(self, samples: Samples, item: Found, captions: tuple[str, ...], seen: Seen) -> None:
-        digest, size_hw = seen.digest, seen.size_hw
+    def _add(self, samples: Samples, item: Found, captions: tuple[str, ...], look: Look) -> None:
+        if isinstance(look, Unusable):
+            raise DataError(look.reason)
+        digest, size_hw = look.digest, look.size_hw
         texts = write_texts(captions, self.config.captions, self.config.seed, digest)
         bucket_hw = self._bucket(size_hw)
         if reason := self._reason_to_skip(size_hw, bucket_hw):
@@ -135,7 +137,7 @@ class Scanner:
         if flip == "force" or (flip == "on" and not is_sided):  # or a caption would lie of them
             plans = [*plans, *(replace(plan, flip=True) for plan in plans)]
         crops = [self._packed(digest, plan) for plan in plans]
-        samples.add(item, digest, seen.facts_key, size_hw, seen.thumbnail, texts, crops, is_sided=is_sided)
+        samples.add(item, digest, look.facts_key, size_hw, look.thumbnail, texts, crops, is_sided=is_sided)
 
     def _settle(self, samples: Samples, first: int) -> Indices:
         """Which of the samples from `first` on stay: one for equal pictures, with the captions of all of them."""

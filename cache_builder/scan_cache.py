@@ -62,15 +62,20 @@ class ScanCache:
 
     def get(self, kind: Kind, path: str, state: State) -> bytes | None:
         """What was read from `path`, relative to the data set's root, when it was in this state; None where unknown."""
-        return self._tables[kind].get(_STATE.pack(*state) + path.encode())
+        table = self._tables[kind]
+        return table.get(_STATE.pack(*state) + path.encode()) if table.is_known else None
 
     def has(self, kind: Kind, path: str, state: State) -> bool:
         """Whether `get` would know something; it counts as no meeting with the file."""
         return self._tables[kind].has(_STATE.pack(*state) + path.encode())
 
+    def would_keep(self, before: State) -> bool:
+        """Whether anything of a file that was in this state a moment ago can be remembered."""
+        return self._remember and time.time_ns() - max(before[1], before[2]) > SETTLED_NS
+
     def put(self, kind: Kind, path: str, before: State, after: State, value: bytes) -> None:
         """Remember `value`, which was read from a file between two looks at it, if it has not just been changed."""
-        if before == after and time.time_ns() - max(before[1], before[2]) > SETTLED_NS:
+        if before == after and self.would_keep(before):
             self.learn(kind, path, before, value)
 
     def learn(self, kind: Kind, path: str, state: State, value: bytes) -> None:
@@ -95,7 +100,7 @@ class _Table:
     """Entries that earlier scans met, and those that this one meets: the same ones, up to a place, and then others."""
 
     def __init__(self, known: memoryview, folder: Path | None) -> None:
-        self._known, self._folder = known, folder
+        self._known, self._folder, self.is_known = known, folder, len(known) > 0
         self._next = 0  # where the entry behind the last one begins
         self._same = 0  # up to where this scan has met what stands in `known`, in its order
         self._others: Column | None = None  # what it has met from there on
@@ -207,8 +212,9 @@ def read_remembered(
     value = cache.get(kind, path, before)
     if value is None:
         value = read()
-        with contextlib.suppress(OSError):
-            cache.put(kind, path, before, look(), value)
+        if cache.would_keep(before):
+            with contextlib.suppress(OSError):
+                cache.put(kind, path, before, look(), value)
     return value
 
 

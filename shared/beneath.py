@@ -5,6 +5,7 @@ a name -> relative_path (or DataError) -> read_beneath -> bytes
 Names are data: they may be hostile, they may not be UTF-8, and they are never opened as they stand.
 """
 
+import errno
 import os
 import stat
 from pathlib import Path
@@ -40,7 +41,7 @@ def relative_path(name: str) -> str:
 def read_regular(path: str, max_bytes: int) -> bytes:
     """The bytes of a regular file, at most `max_bytes`, never through a symbolic link at its end; raises DataError."""
     try:
-        return _read(open_regular(path), max_bytes)
+        return _read(open_unfollowed(path), max_bytes)
     except OSError as error:
         raise DataError(explain(error)) from None
 
@@ -48,13 +49,26 @@ def read_regular(path: str, max_bytes: int) -> bytes:
 def read_beneath(root: Path, relative: str, max_bytes: int) -> bytes:
     """The bytes of a regular file under `root`, through no link below it; raises DataError."""
     try:
-        return _read(open_beneath(root, relative), max_bytes)
+        return _read(_open_beneath(root, relative), max_bytes)
     except OSError as error:
         raise DataError(explain(error)) from None
 
 
 def open_beneath(root: Path, relative: str) -> BinaryIO:
     """A regular file under `root`, open to read, through no link below it; raises OSError, DataError."""
+    file = open(_open_beneath(root, relative), "rb")  # noqa: SIM115 -- the caller closes it
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise DataError("not a regular file")
+    return file
+
+
+def open_unfollowed(path: str, dir_fd: int | None = None) -> int:
+    """A descriptor of what lies at `path`, whatever it is, but for a symbolic link; raises OSError."""
+    return os.open(path, _OPEN_FLAGS, dir_fd=dir_fd)
+
+
+def _open_beneath(root: Path, relative: str) -> int:
     *folders, name = relative_path(relative).split("/")
     descriptor = os.open(root, _FOLDER_FLAGS)  # the root itself may be a link: the user named it
     try:
@@ -62,29 +76,34 @@ def open_beneath(root: Path, relative: str) -> BinaryIO:
             below = os.open(folder, _FOLDER_FLAGS | os.O_NOFOLLOW, dir_fd=descriptor)
             os.close(descriptor)
             descriptor = below
-        return open_regular(name, descriptor)
+        return open_unfollowed(name, descriptor)
     finally:
         os.close(descriptor)
 
 
-def open_regular(path: str, dir_fd: int | None = None) -> BinaryIO:
-    """A regular file, open to read; raises OSError, DataError where it is something else."""
-    file = open(os.open(path, _OPEN_FLAGS, dir_fd=dir_fd), "rb")  # noqa: SIM115 -- the caller closes it
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        file.close()
-        raise DataError("not a regular file")
-    return file
-
-
-def _read(file: BinaryIO, max_bytes: int) -> bytes:
-    with file:
-        size = os.fstat(file.fileno()).st_size
+def _read(descriptor: int, max_bytes: int) -> bytes:
+    """All of a file, which is closed; without Python's buffers, which cost more than a small file's bytes."""
+    try:
+        size = _size(descriptor)
         if size > max_bytes:
             raise DataError(f"{size} bytes, more than {max_bytes}")
-        data = file.read(size + 1)
+        data = os.read(descriptor, size + 1)
+        while len(data) < size and (more := os.read(descriptor, size + 1 - len(data))):
+            data += more  # beyond 2 GiB, or from a disk that gives less at once
+    finally:
+        os.close(descriptor)
     if len(data) != size:
         raise DataError("changed while it was read")
     return data
+
+
+def _size(descriptor: int) -> int:
+    seen = os.fstat(descriptor)
+    if stat.S_ISDIR(seen.st_mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    if not stat.S_ISREG(seen.st_mode):
+        raise DataError("not a regular file")
+    return seen.st_size
 
 
 def explain(error: OSError) -> str:

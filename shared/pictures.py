@@ -34,6 +34,7 @@ Pixels = npt.NDArray[np.uint8]
 _T = Image.Transpose
 _UPRIGHT = {2: _T.FLIP_LEFT_RIGHT, 3: _T.ROTATE_180, 4: _T.FLIP_TOP_BOTTOM, 5: _T.TRANSPOSE}  # by EXIF orientation
 _UPRIGHT |= {6: _T.ROTATE_270, 7: _T.TRANSVERSE, 8: _T.ROTATE_90}
+_SAYS_WHAT_IS_UP = frozenset({"exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"})  # in Pillow's `info`
 _PROFILE_SPACES = {"L": "GRAY", "RGB": "RGB ", "CMYK": "CMYK"}
 
 
@@ -119,6 +120,8 @@ def _orientation(image: ImageFile.ImageFile) -> int:
     """The EXIF orientation that is still to be applied; 1 where there is none or EXIF is damaged."""
     if isinstance(image, TiffImagePlugin.TiffImageFile):
         return 1  # Pillow applies it when it loads, and its size already says so
+    if _SAYS_WHAT_IS_UP.isdisjoint(image.info):
+        return 1  # as getexif would find out, for some of the price of a small header
     try:
         # Image's own method: PNG's would decode all pixels first to look for EXIF behind them.
         value = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
@@ -216,7 +219,7 @@ _quiet_users = 0
 def _untrusted() -> Iterator[None]:
     """Turns whatever a decoder raises into PictureError, and keeps its warnings from the world."""
     try:
-        with _quiet():
+        with quiet():
             yield
     except PictureError:
         raise
@@ -230,8 +233,11 @@ def _untrusted() -> Iterator[None]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """No warnings from Pillow while any thread decodes: filters are the process's; first in sets, last out resets."""
+def quiet() -> Iterator[None]:
+    """No warnings from Pillow while any thread decodes: filters are the process's; first in sets, last out resets.
+
+    Each picture is read in one; whoever reads many holds one around them, for filters are a sixth of a small header.
+    """
     global _quiet_users
     with _quiet_lock:
         if not _quiet_users:

@@ -6,18 +6,20 @@ one or the other, so that what was seen is accounted for; other files are only t
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from cache_builder.scan_cache import ScanCache, State
 from shared.manifest_rows import MetaValue
 
-__all__ = ["Found", "MetaValue", "Remembering", "Skipped", "Source"]
+__all__ = ["NO_META", "Found", "MetaValue", "Remembering", "Skipped", "Source"]
 
 
-@dataclass(frozen=True)
-class Found:
+NO_META: Mapping[str, MetaValue] = {}
+
+
+class Found(NamedTuple):
     """A picture that can be read; `captions` is () where it has none and ("",) where it has an empty one."""
 
     path: str
@@ -31,7 +33,7 @@ class Found:
     Of one of a few functions, and of texts and numbers: these are kept outside of memory until the picture is decoded.
     """
 
-    meta: Mapping[str, MetaValue] = field(default_factory=dict)
+    meta: Mapping[str, MetaValue] = NO_META
     """What else is known of it, by column."""
 
     look: Callable[[], State] | None = None

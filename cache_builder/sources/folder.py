@@ -16,7 +16,7 @@ from functools import partial
 
 from cache_builder.captions import MAX_CAPTION_BYTES, CaptionRules, parse_caption
 from cache_builder.scan_cache import ScanCache, read_remembered
-from cache_builder.sources import Found, MetaValue, Skipped
+from cache_builder.sources import NO_META, Found, Skipped
 from cache_builder.sources.columns import Complaints, name_caption
 from cache_builder.sources.files import Entry as FileEntry
 from cache_builder.sources.files import entry_kind, printable, tally_key
@@ -27,7 +27,6 @@ from shared.errors import DataError
 from shared.pictures import EXTENSIONS
 
 FETCHED_AT_ONCE = 256  # entries whose captions are asked for together, in a bucket
-_NO_META: dict[str, MetaValue] = {}
 
 
 class FolderSource:
@@ -169,7 +168,7 @@ class FolderSource:
             captions = self._captions(path, sidecar, row)
         except DataError as error:
             return Skipped(path, str(error))
-        meta = row.meta if row else _NO_META
+        meta = row.meta if row else NO_META
         look = partial(self._tree.state, entry)
         read = partial(self._tree.read_entry, path, self._max_bytes)
         return Found(path, captions, read, meta, look, self._tree.is_remote)

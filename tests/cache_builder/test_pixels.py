@@ -457,6 +457,38 @@ def test_mutations_give_an_array_or_picture_error(form: str) -> None:
             assert pixels.shape == (*size_hw, 3)
 
 
+def upright_hw(data: bytes) -> tuple[int, int] | None:
+    """What getexif makes of every picture, with and without EXIF; None where Pillow opens none."""
+    try:
+        image = Image.open(io.BytesIO(data), formats=tuple(SAVE))
+    except Exception:  # noqa: BLE001
+        return None
+    try:
+        turned = Image.Image.getexif(image).get(274, 1) in (5, 6, 7, 8)
+    except Exception:  # noqa: BLE001
+        turned = False
+    return (image.width, image.height) if turned else (image.height, image.width)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("form", [form for form in SAVE if form != "TIFF"])
+def test_no_orientation_is_passed_over(form: str) -> None:
+    exif = Image.Exif()
+    exif[274] = 6
+    sizes = set()
+    for told in ({}, {"exif": exif}, {"xmp": b'<x tiff:Orientation="6"/>'}, {"comment": b"hello"}):
+        good = save(picture(24, 32), form, **told)
+        for seed in range(30):
+            rng = random.Random(f"{form} {seed}")
+            data = bytearray(good)
+            for _ in range(rng.choice([0, 1, 3])):
+                data[rng.randrange(min(len(data), rng.choice([64, 400])))] = rng.randrange(256)
+            if (expected := upright_hw(bytes(data))) is not None:
+                assert read_size(bytes(data), PixelLimits(max_pixels=178_000_000)) == expected
+                sizes.add(expected)
+    assert {(24, 32)} < sizes or form in ("GIF", "BMP")
+
+
 def test_an_exhausted_decoder_costs_one_picture(monkeypatch: pytest.MonkeyPatch) -> None:
     def out_of_memory(*_: object) -> None:
         raise MemoryError

@@ -33,13 +33,13 @@ Build = Callable[..., BuildReport]
 def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the files that a source opens."""
     names: list[str] = []
-    open_regular = beneath.open_regular
+    open_unfollowed = beneath.open_unfollowed
 
     def listen(path: str, *more: Any) -> Any:
         names.append(os.path.basename(path))
-        return open_regular(path, *more)
+        return open_unfollowed(path, *more)
 
-    monkeypatch.setattr(beneath, "open_regular", listen)
+    monkeypatch.setattr(beneath, "open_unfollowed", listen)
     return names
 
 
