@@ -16,6 +16,13 @@ def until(condition: object, limit_s: float = 10) -> None:
         time.sleep(0.001)
 
 
+def noting(made: list[int]) -> Iterator[int]:
+    """A hundred numbers, each noted when it is made."""
+    for number in range(100):
+        made.append(number)
+        yield number
+
+
 def test_results_come_in_order_and_the_threads_end() -> None:
     before = threading.active_count()
     with Ahead(range(1000), count=3) as ahead:
@@ -26,13 +33,7 @@ def test_results_come_in_order_and_the_threads_end() -> None:
 
 def test_no_more_is_made_than_was_asked_for() -> None:
     made: list[int] = []
-
-    def source() -> Iterator[int]:
-        for number in range(100):
-            made.append(number)
-            yield number
-
-    with Ahead(source(), count=4) as ahead:
+    with Ahead(noting(made), count=4) as ahead:
         until(lambda: len(made) == 4)
         time.sleep(0.05)
         assert len(made) == 4
@@ -95,13 +96,7 @@ def test_an_error_in_one_source_ends_the_others() -> None:
 
 def test_a_source_rests_until_few_are_left_and_then_makes_all_at_a_stretch() -> None:
     made: list[int] = []
-
-    def source() -> Iterator[int]:
-        for number in range(100):
-            made.append(number)
-            yield number
-
-    with Ahead(source(), count=5, again_at=2) as ahead:
+    with Ahead(noting(made), count=5, again_at=2) as ahead:
         until(lambda: len(made) == 5)
         for taken in (1, 2):
             next(ahead)
