@@ -1,6 +1,6 @@
 """One look at each picture of a scan: its digest and size, from what is known of it or from its bytes.
 
-source.scan() -> look_at -> Seen, in the order of the source -> scan.py
+source.scan() -> look_at -> Seen, in the order of the source and a batch behind it -> scan.py
 
 What the scan cache knows is not opened, and where it has the facts no record of the store is read either: they are
 kept beside the digest, under the key that they have in the store. Of the rest, large files are read and hashed in
@@ -10,6 +10,7 @@ costs more than it saves.
 
 import itertools
 import struct
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -111,7 +112,7 @@ class Looker:
 
 def look_at(looker: Looker, items: Iterable[tuple[Found, T]], threads: int) -> Iterator[tuple[tuple[Found, T], Look]]:
     """Each item, in order, with what is seen of it."""
-    rest = iter(items)
+    rest, begun = iter(items), deque[Iterator[tuple[tuple[Found, T], Look]]]()
     # Pools start no thread before there is work.
     with ThreadPoolExecutor(threads) as pool, ThreadPoolExecutor(SLOW_AT_ONCE) as waiting:
         while batch := list(itertools.islice(rest, FILES_AT_ONCE)):
@@ -121,7 +122,10 @@ def look_at(looker: Looker, items: Iterable[tuple[Found, T]], threads: int) -> I
                 for index, look in enumerate(looks):
                     if look is None:
                         looks[index] = looker.read(batch[index][0], found[index][0], snapshot)
-            yield from zip(batch, map(_awaited, looks), strict=True)
+            begun.append(zip(batch, map(_awaited, looks), strict=True))
+            if len(begun) > 1:  # threads have the next batch to read while the caller walks on and sees this one
+                yield from begun.popleft()
+        yield from itertools.chain.from_iterable(begun)
 
 
 def _begin(

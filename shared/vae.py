@@ -83,6 +83,8 @@ class Vae:
         import torch
         from diffusers import AutoencoderKL
 
+        from shared.strips import convolve_in_strips
+
         folder = model / "vae"
         self.dtype = getattr(torch, dtype)
         self.device = torch.device(device)
@@ -97,6 +99,7 @@ class Vae:
             raise DataError(f"{folder} lacks weights of {sorted(report['missing_keys'])[0]}: the folder is incomplete")
         self._vae: Any = vae
         self._vae.to(self.device).eval().requires_grad_(False)
+        convolve_in_strips(self._vae.decoder)
         self.scaling_factor = float(self._vae.config.scaling_factor)
 
     @property

@@ -40,6 +40,13 @@ class Berth:
                 for owner, name, tensor in self._held[module]:
                     setattr(owner, name, self._moved(tensor))
 
+    def give_up(self, modules: Sequence[nn.Module]) -> None:
+        """Free what these modules hold on the device and in main memory; nobody may ask them again."""
+        for module in modules:
+            self._held.pop(module, None)
+            module.to("meta")
+        free_unused_memory()
+
     def _moved(self, tensor: Tensor) -> Tensor:
         moved = tensor.data.to(self.device)
         return nn.Parameter(moved, requires_grad=False) if isinstance(tensor, nn.Parameter) else moved

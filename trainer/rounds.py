@@ -52,12 +52,14 @@ class Rounds:
     vae: Vae
     downscale: int  # px per latent, along an edge
     channels: int  # of a latent
-    unets: Sequence[nn.Module]  # to be on the device together; none where they take turns
+    unets: Sequence[
+        nn.Module
+    ]  # to be on the device together, and given up once all is drawn; none where they take turns
     berth: Berth
     from_t: float | None  # from where on given pictures are drawn
 
     def draw(self, batches: Sequence[Sequence[Drawing]], advance: Callable[[int], None]) -> Iterator[Drawn]:
-        """All drawings, batch by batch; those whose picture cannot be read come without pixels, and are said.
+        """All drawings, batch by batch, once; those whose picture cannot be read come without pixels, and are said.
 
         `advance` is told how many more have their latents, long before a round's pictures come.
         """
@@ -70,6 +72,8 @@ class Rounds:
             for ready, lost in begun:
                 latents.append(self._draw(ready) if ready else None)
                 advance(len(ready) + len(lost))
+            if i + most >= len(batches):
+                self.berth.give_up(self.unets)  # a CPU has no other way to make room for the VAE
             self.berth.bring([self.vae.module])
             for (ready, _), drawn in zip(begun, latents, strict=True):
                 for index, one in enumerate(ready):  # one at a time: a VAE takes more room than any UNet

@@ -1,5 +1,6 @@
 """Models that take turns on a device: torch's meta device stands for one, as it is another than the CPU."""
 
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,20 @@ def test_one_group_at_a_time_and_nothing_changes() -> None:
         assert all(torch.equal(a, b) for a, b in zip(module.state_dict().values(), kept, strict=True))
 
 
+@pytest.mark.parametrize("device", [META, torch.device("cpu")])
+def test_what_is_given_up_holds_nothing(device: torch.device) -> None:
+    kept, gone = nn.Linear(3, 3), nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
+    storages = [weakref.ref(tensor.untyped_storage()) for tensor in gone.state_dict().values()]
+    berth = Berth(device)
+    berth.bring([kept, gone])
+    assert all(storage() is not None for storage in storages)
+    berth.give_up([gone])
+    assert places(gone) == {"meta"}
+    assert all(storage() is None for storage in storages)
+    berth.bring([])
+    assert places(kept) == {"cpu"}
+
+
 def test_on_a_cpu_nothing_moves() -> None:
     module = nn.Linear(2, 2)
     address = module.weight.data_ptr()
@@ -64,11 +79,15 @@ def test_stages_have_the_device_one_after_another(
     pair: tuple[Path, Path], world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The UNets of a pair together, the VAE alone; before it, where given pictures are encoded."""
-    brought: list[list[str]] = []
+    brought, given_up = list[list[str]](), list[list[str]]()
 
     class Noting(Berth):
         def bring(self, modules: Sequence[nn.Module]) -> None:
             brought.append([type(module).__name__ for module in modules])
+
+        def give_up(self, modules: Sequence[nn.Module]) -> None:
+            given_up.append([type(module).__name__ for module in modules])
+            super().give_up(modules)
 
     monkeypatch.setattr("trainer.generate.Berth", Noting)
     unets, vae = ["UNet2DConditionModel"] * 2, ["AutoencoderKL"]
@@ -76,6 +95,7 @@ def test_stages_have_the_device_one_after_another(
     asked |= {"prompts": ("red",), "settings": DrawSettings(4, 1.0)}
     list(generate(GenerateRequest(**asked)))
     assert brought == [unets, vae]
+    assert given_up == [unets]
     brought.clear()
     list(generate(GenerateRequest(**asked, from_images=world.store, limit=1)))
     assert brought == [vae, unets, vae]

@@ -1,0 +1,31 @@
+"""Memory that nobody uses goes back to the system."""
+
+import ctypes
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from shared.device import free_unused_memory
+from shared.kept_memory import keep_freed_memory
+
+BLOCK = 1 << 20
+
+
+def own_bytes() -> int:
+    """Memory of this process alone that is not a file's."""
+    resident, shared = map(int, Path("/proc/self/statm").read_text().split()[1:3])
+    return (resident - shared) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").is_file(), reason="Linux tells it")
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="glibc alone keeps it")
+def test_freed_weights_are_given_back() -> None:
+    keep_freed_memory()  # as any process that writes a store
+    blocks = [torch.ones(BLOCK, dtype=torch.uint8) for _ in range(200)]
+    del blocks[:-1]  # what is left lies above them, so glibc cannot shrink its heap
+    before = own_bytes()
+    free_unused_memory()
+    assert before - own_bytes() > 100 * BLOCK
+    assert int(blocks[0].sum()) == BLOCK
