@@ -1,9 +1,11 @@
 """Cards of a bundle: how the stages draw together in somebody else's program, and what each is."""
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 from trainer.adapter import ADAPTER_FILE
 from trainer.bundle_stage import Stage
+from trainer.comfy import STEPS, WORKFLOW_FILE, null_node, step_range
 from trainer.merge_loss import WholeLoss
 from trainer.model_card import code, fence, front_matter
 
@@ -26,6 +28,7 @@ def bundle_card(stages: Sequence[Stage], form: str, model: str, losses: Sequence
             *_losses(losses),
             "## How to draw with it",
             how_to_draw(stages, form, model),
+            *_comfy(stages, form),
             _settings(stages),
             "`pair.json` says all of this to programs. Each stage's `expert/` holds the card and the facts of the "
             "checkpoint that it was made of.",
@@ -59,6 +62,27 @@ def how_to_draw(stages: Sequence[Stage], form: str, model: str) -> str:
         lines += ["", *_load(stage, form), *_draw(stage)]
     lines.append('image[0].save("picture.png")')
     return fence("\n".join(lines), "python")
+
+
+def _comfy(stages: Sequence[Stage], form: str) -> Iterator[str]:
+    """What people do with the workflow: where the files go, and which settings belong together."""
+    place = {"single-file": "models/checkpoints", "kohya-lora": "models/loras"}.get(form)
+    if place is None:
+        return
+    files = " and ".join(f"`{stage.folder}.safetensors`" for stage in stages)
+    base = " It names the checkpoints that they stand on: put your files' names there." * (form == "kohya-lora")
+    yield f"`{WORKFLOW_FILE}` is for ComfyUI; {files} go into its `{place}`.{base}"
+    for earlier, later in pairwise(stages):
+        at = {steps: step_range(later, steps)[0] for steps in (STEPS, 20, 30, 50)}
+        yield (
+            f"`{later.folder}_sampler` starts where `{earlier.folder}_sampler` ends, at step {at[STEPS]} of {STEPS}. "
+            f"Who changes `steps` changes both, and that step in both: {at[20]} of 20, {at[30]} of 30, {at[50]} of 50."
+        )
+    if zeros := [f"`{null_node(stage)}`" for stage in stages if stage.facts.null_prompt == "zeros"]:
+        yield (
+            f"Without a negative prompt it draws against zeros, as in training. For one, bypass {' and '.join(zeros)} "
+            "(Ctrl+B on the canvas) and type it into the node before."
+        )
 
 
 def _bases(stages: Sequence[Stage], model: str) -> Iterator[str]:

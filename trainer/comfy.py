@@ -13,6 +13,7 @@ from trainer.bundle_stage import Stage
 
 WORKFLOW_FILE = "workflow.json"
 STEPS, GUIDANCE, RESCALE = 40, 7.5, 0.7  # to be changed there
+_TO_THE_END = 10000  # however many steps there are, as ComfyUI has it by default
 _PLACING = {"trailing": "simple", "leading": "ddim_uniform", "linspace": "normal"}  # ComfyUI's words for them
 _SAMPLING = {"epsilon": "eps", "v_prediction": "v_prediction"}
 Node = dict[str, Any]
@@ -50,10 +51,16 @@ def comfy_timesteps(contract: PairContract, steps: int) -> list[float]:
     """Timesteps at which ComfyUI asks a model for so many steps, highest first, as it places them for a contract."""
     count = contract.num_timesteps
     if contract.timestep_spacing == "trailing":
-        return [float(count - 1 - int(index * count / steps)) for index in range(steps)]
+        stride = count / steps  # rounded before it is multiplied, as there: 19 of 38 strides fall just short of 500
+        return [float(count - 1 - int(index * stride)) for index in range(steps)]
     if contract.timestep_spacing == "leading":
         return [float(t) for t in reversed(range(1, count, max(count // steps, 1)))]
     return [(count - 1) * (1 - index / max(steps - 1, 1)) for index in range(steps)]
+
+
+def null_node(stage: Stage) -> str:
+    """Name of the node that puts zeros in the place of a stage's negative prompt, where it learnt zeros for none."""
+    return f"{stage.folder}_null"
 
 
 def _drawn(nodes: dict[str, Node], stages: Sequence[Stage], files: Sequence[str]) -> dict[str, Node]:
@@ -62,14 +69,30 @@ def _drawn(nodes: dict[str, Node], stages: Sequence[Stage], files: Sequence[str]
     nodes["latent"] = _node("EmptyLatentImage", width=pixels, height=pixels, batch_size=1)
     latent = ["latent", 0]
     for stage, file in zip(stages, files, strict=True):
-        for sign, text in (("positive", "a cat on a wall"), ("negative", "")):
-            nodes[f"{stage.folder}_{sign}"] = _prompt(stage, file, sign, text)
+        nodes[f"{stage.folder}_positive"] = _prompt(stage, file, "positive", "a cat on a wall", pixels)
+        against = _add_negative(nodes, stage, file, pixels)
         model = _add_schedule(nodes, stage)
-        nodes[f"{stage.folder}_sampler"] = _sampler(stage, model, latent)
+        nodes[f"{stage.folder}_sampler"] = _sampler(stage, model, against, latent)
         latent = [f"{stage.folder}_sampler", 0]
     nodes["decoded"] = _node("VAEDecode", samples=latent, vae=[files[-1], 2])
     nodes["saved"] = _node("SaveImage", images=["decoded", 0], filename_prefix="pair")
     return nodes
+
+
+def _add_negative(nodes: dict[str, Node], stage: Stage, file: str, pixels: int) -> str:
+    """Nodes for what stands against the prompt; returns the one for the sampler.
+
+    An expert that learnt zeros for "no prompt" gets zeros, which no text is encoded to: one that is typed in counts
+    once the node behind it is bypassed, and their titles say so on the canvas.
+    """
+    text, null = f"{stage.folder}_negative", null_node(stage)
+    nodes[text] = _prompt(stage, file, "negative", "", pixels)
+    if stage.facts.null_prompt == "encoded":
+        return text
+    nodes[text]["_meta"] = {"title": f"negative prompt: bypass {null} to use it"}
+    nodes[null] = _node("ConditioningZeroOut", conditioning=[text, 0])
+    nodes[null]["_meta"] = {"title": f"{null}: no negative prompt, as in training"}
+    return null
 
 
 def _add_schedule(nodes: dict[str, Node], stage: Stage) -> list[Any]:
@@ -87,21 +110,21 @@ def _add_schedule(nodes: dict[str, Node], stage: Stage) -> list[Any]:
     return [f"{name}_rescale", 0]
 
 
-def _prompt(stage: Stage, file: str, sign: str, text: str) -> Node:
+def _prompt(stage: Stage, file: str, sign: str, text: str, pixels: int) -> Node:
     clip, facts = [file, 1], stage.facts
     if facts.layout == "sdxl":
         return _node("CLIPTextEncode", clip=clip, text=text)
     score = facts.aesthetic_score if sign == "positive" else facts.negative_aesthetic_score
-    return _node("CLIPTextEncodeSDXLRefiner", clip=clip, text=text, ascore=score, width=1024, height=1024)
+    return _node("CLIPTextEncodeSDXLRefiner", clip=clip, text=text, ascore=score, width=pixels, height=pixels)
 
 
-def _sampler(stage: Stage, model: list[Any], latent: list[Any]) -> Node:
+def _sampler(stage: Stage, model: list[Any], against: str, latent: list[Any]) -> Node:
     begin, end = step_range(stage, STEPS)
     return _node(
         "KSamplerAdvanced",
         model=model,
         positive=[f"{stage.folder}_positive", 0],
-        negative=[f"{stage.folder}_negative", 0],
+        negative=[against, 0],
         latent_image=latent,
         add_noise="enable" if stage.number == 1 else "disable",
         noise_seed=0,
@@ -110,7 +133,7 @@ def _sampler(stage: Stage, model: list[Any], latent: list[Any]) -> Node:
         sampler_name="euler",  # without a history, so that two samplers are one
         scheduler=_PLACING[stage.card.contract.timestep_spacing],
         start_at_step=begin,
-        end_at_step=end,
+        end_at_step=_TO_THE_END if stage.number == stage.count else end,
         return_with_leftover_noise="disable" if stage.number == stage.count else "enable",
     )
 

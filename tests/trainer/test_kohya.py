@@ -63,7 +63,7 @@ def test_its_workflow_puts_each_adapter_on_the_one_model(
     nodes = json.loads((out / "workflow.json").read_text())
     files = [node["inputs"]["ckpt_name"] for node in nodes.values() if node["class_type"] == "CheckpointLoaderSimple"]
     assert files == [f"{tiny_model.name}.safetensors"]
-    for number, steps in ((1, (0, 26)), (2, (26, 40))):
+    for number, steps in ((1, (0, 26)), (2, (26, 10000))):
         sampler = nodes[f"stage_{number}_sampler"]["inputs"]
         assert (sampler["start_at_step"], sampler["end_at_step"]) == steps
         passed, place = [], sampler["model"][0]

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,10 @@ from shared.original_layout import (
 from shared.original_reading import read_parts
 from shared.tensor_file import LazyTensor
 from trainer.bundle import BundleRequest, bundle
+from trainer.bundle_card import bundle_card
 from trainer.bundle_stage import read_stages
 from trainer.checkpoint import open_expert
-from trainer.comfy import comfy_timesteps, step_range
+from trainer.comfy import checkpoint_workflow, comfy_timesteps, step_range
 from trainer.original_file import architecture, load_file_pipeline, require_sayable
 from trainer.schedulers import make_scheduler
 
@@ -145,7 +147,7 @@ def test_the_workflow_hands_over_at_the_boundarys_step(
     nodes = json.loads((out / "workflow.json").read_text())
     first, second = (nodes[f"stage_{number}_sampler"]["inputs"] for number in (1, 2))
     assert (first["start_at_step"], first["end_at_step"], second["start_at_step"], second["end_at_step"]) == (
-        0, 26, 26, 40,
+        0, 26, 26, 10000,
     )  # fmt: skip
     assert (first["add_noise"], second["add_noise"]) == ("enable", "disable")
     assert (first["return_with_leftover_noise"], second["return_with_leftover_noise"]) == ("enable", "disable")
@@ -155,6 +157,32 @@ def test_the_workflow_hands_over_at_the_boundarys_step(
         schedule = nodes[nodes[f"{name}_rescale"]["inputs"]["model"][0]]
         assert schedule["class_type"] == "ModelSamplingDiscrete"
         assert schedule["inputs"] == {"model": [name, 0], "sampling": "v_prediction", "zsnr": True}
+
+
+def test_the_workflow_draws_against_what_each_expert_learnt_for_no_prompt(
+    pair: tuple[Path, Path], tiny_model: Path
+) -> None:
+    first, second = read_stages(pair, tiny_model, None, lambda facts: True, raw=False, dtype=None)
+    assert second.facts.null_prompt == "zeros"
+    encoded = second.checkpoint.card.facts.model_copy(update={"null_prompt": "encoded"})
+    checkpoint = replace(second.checkpoint, card=second.card.model_copy(update={"facts": encoded}))
+    stages = (first, replace(second, checkpoint=checkpoint))
+    nodes = checkpoint_workflow(stages)
+    zeros, empty = (nodes[nodes[f"stage_{number}_sampler"]["inputs"]["negative"][0]] for number in (1, 2))
+    assert (zeros["class_type"], empty["class_type"]) == ("ConditioningZeroOut", "CLIPTextEncode")
+    assert zeros["inputs"]["conditioning"] == ["stage_1_negative", 0]
+    assert (empty["inputs"]["text"], nodes["stage_1_negative"]["class_type"]) == ("", "CLIPTextEncode")
+    card = bundle_card(stages, "single-file", "model")
+    assert "bypass `stage_1_null` (" in card
+    assert "at step 26 of 40" in card
+    assert "13 of 20, 20 of 30, 33 of 50" in card
+
+
+def test_the_workflows_steps_are_rounded_as_comfyui_rounds_them(pair: tuple[Path, Path]) -> None:
+    """Its 0.8.0 asks for 500 at half of 38, 76 and 122 steps, where exact sums give 499."""
+    contract = open_expert(pair[0]).card.contract
+    assert contract.timestep_spacing == "trailing"
+    assert [comfy_timesteps(contract, steps)[steps // 2] for steps in (38, 76, 122, 40)] == [500, 500, 500, 499]
 
 
 @pytest.mark.parametrize("steps", [4, 20, 25, 40, 100])
