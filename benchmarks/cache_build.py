@@ -11,7 +11,7 @@ a process of its own and the files in the page cache:
 
 Pictures of some 3 KB are the hard case: what is done for each file outweighs its bytes. So reading and the first scan
 are also compared over pictures of some 200 KB. A tenth of the small files says how everything grows. Memory is private
-and anonymous (smaps_rollup): pages of the store that are mapped belong to the kernel, which takes them back at need.
+and anonymous: pages of the store that are mapped belong to the kernel, which takes them back at need.
 """
 
 import argparse
@@ -21,7 +21,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -29,6 +28,7 @@ from unittest.mock import patch
 
 import numpy as np
 
+from benchmarks.own_memory import Watch
 from cache_builder.build import BuildOptions, build
 from cache_builder.config import BuildConfig
 from cache_builder.encode import Captions, Crop, Framed, Job
@@ -49,7 +49,6 @@ FOLDER_FILES = 1000
 EDGE_PX = 96
 LARGE_PX = 400
 SETTLE_S = 3.0
-WATCH_S = 0.05
 WAYS = ("read + hash", "first scan", "rehash", "rebuild")
 
 
@@ -101,12 +100,6 @@ def write_pictures(folder: Path, count: int, edge_px: int = EDGE_PX, grain_px: i
         (place / f"{index:07d}.txt").write_bytes(caption)
         total += len(file.getvalue()) + len(caption)
     return total
-
-
-def private_bytes() -> int:
-    """Memory of this process that is its own and not a file's."""
-    rollup = Path("/proc/self/smaps_rollup").read_text().splitlines()
-    return sum(int(line.split()[1]) * 1024 for line in rollup if line.startswith(("Anonymous:", "Swap:")))
 
 
 def read_and_hash(folder: Path) -> float:
@@ -166,25 +159,6 @@ def alone(way: str, folder: Path) -> None:
     watch = Watch()
     seconds = RUNS[way](folder)
     print(json.dumps({"seconds": seconds, "private_bytes": watch.stop()}))
-
-
-class Watch(threading.Thread):
-    """Looks at this process's private memory every now and then."""
-
-    def __init__(self) -> None:
-        super().__init__(daemon=True)
-        self._most, self._ended = private_bytes(), threading.Event()
-        self.start()
-
-    def run(self) -> None:
-        while not self._ended.wait(WATCH_S):
-            self._most = max(self._most, private_bytes())
-
-    def stop(self) -> int:
-        """The most that was seen, bytes."""
-        self._ended.set()
-        self.join()
-        return max(self._most, private_bytes())
 
 
 def measure(place: Path, count: int, rounds: int) -> dict[str, dict[str, float]]:

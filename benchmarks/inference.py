@@ -1,10 +1,11 @@
 """Time and memory of a pair in our loop, and of the two-pipeline script that people use, on the same weights.
 
 `python -m benchmarks.inference [--json FILE] [--shape small]`. Measured: memory of whole commands in processes of their
-own, from after their imports on; time of a picture in one process where both take turns, picture by picture, so that a
-busy machine slows both (on a GPU, where pictures come in rounds: what more pictures take more). Counted, without a GPU:
-the peak of each stage at SSD-1B's size, tensor by tensor on torch's meta device (inference_memory.py). With --device
-cuda --shape ssd-1b --precision bf16 --steps 40 the first is measured at 1024 px there (20 GB of files), --offload too.
+own, from after their imports on, with mapped files and without; time of a picture in one process where both take
+turns, picture by picture, so that a busy machine slows both (on a GPU, where pictures come in rounds: what more
+pictures take more). Counted, without a GPU: the peak of each stage at SSD-1B's size, tensor by tensor on torch's meta
+device (inference_memory.py). With --device cuda --shape ssd-1b --precision bf16 --steps 40 the first is measured at
+1024 px there (20 GB of files), --offload too.
 """
 
 import argparse
@@ -24,6 +25,7 @@ import torch
 
 from benchmarks.inference_memory import compare
 from benchmarks.inference_world import INFERENCE_SHAPES, PairOnDisk, write_pair
+from benchmarks.own_memory import Watch, own_bytes
 
 PROMPT = "a red circle on white"
 SPLIT = 0.65  # 1 - 350 / 1000
@@ -46,10 +48,11 @@ class Job:
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one job: seconds after imports, and bytes above what imports take (on a GPU: allocated there)."""
+    """Of one job: seconds after imports, and the most bytes above what imports take (peak_bytes on a GPU: there)."""
 
     took_s: float
     peak_bytes: int
+    own_bytes: int  # of main memory, and not a file's
 
 
 def draw_ours(job: Job) -> Iterator[None]:
@@ -115,11 +118,13 @@ def in_a_process(work: Callable[..., Any], *given: Any) -> Any:
 def measure(way: str, job: Job) -> Cost:
     """Time and memory of one job."""
     on_gpu = job.device.startswith("cuda")
-    before, began_s = 0 if on_gpu else _memory_bytes("VmRSS"), time.perf_counter()
+    before, own_before, watch = 0 if on_gpu else _memory_bytes("VmRSS"), own_bytes(), Watch()
+    began_s = time.perf_counter()
     for _ in WAYS[way](job):
         pass
     took_s = time.perf_counter() - began_s
-    return Cost(took_s, (torch.cuda.max_memory_allocated() if on_gpu else _memory_bytes("VmHWM")) - before)
+    peak_bytes = (torch.cuda.max_memory_allocated() if on_gpu else _memory_bytes("VmHWM")) - before
+    return Cost(took_s, peak_bytes, watch.stop() - own_before)
 
 
 def take_turns(job: Job) -> dict[str, dict[str, float]]:
@@ -149,8 +154,12 @@ def measure_pair(pair: PairOnDisk, folder: Path, options: argparse.Namespace, of
             first = in_a_process(measure, way, replace(job, count=1))
             whole = in_a_process(measure, way, job)
             picture_s = (whole.took_s - first.took_s) / (job.count - 1)
-            found[way].append({"picture_s": picture_s, "whole_s": whole.took_s, "peak_mib": whole.peak_bytes / MIB})
-    keys = ("picture_s", "whole_s", "peak_mib")
+            found[way].append({
+                "picture_s": picture_s, "whole_s": whole.took_s,
+                "peak_mib": whole.peak_bytes / MIB,
+                "own_mib": whole.own_bytes / MIB, "first_own_mib": first.own_bytes / MIB,
+            })  # fmt: skip
+    keys = ("picture_s", "whole_s", "peak_mib", "own_mib", "first_own_mib")
     rounds = list(zip(found["ours"], found["script"], strict=True))
     told = {way: {key: median(one[key] for one in own) for key in keys} for way, own in found.items()}
     told["ratio"] = {key: median(ours[key] / script[key] for ours, script in rounds) for key in keys}
@@ -185,7 +194,9 @@ def _measured(shape: str, kind: str, one: dict[str, Any]) -> str:
         f"measured, {shape}, {kind}: a picture {ours['picture_s']:.2f} s against {script['picture_s']:.2f} "
         f"({ratio['picture_s']:.3f}{in_cpu_time}), all {ours['whole_s']:.1f} against "
         f"{script['whole_s']:.1f} ({ratio['whole_s']:.2f}), memory {ours['peak_mib']:.0f} MiB against "
-        f"{script['peak_mib']:.0f} ({ratio['peak_mib']:.2f})"
+        f"{script['peak_mib']:.0f} ({ratio['peak_mib']:.2f}), of it the process's own {ours['own_mib']:.0f} against "
+        f"{script['own_mib']:.0f} ({ratio['own_mib']:.2f}), of one picture alone {ours['first_own_mib']:.0f} against "
+        f"{script['first_own_mib']:.0f} ({ratio['first_own_mib']:.2f})"
     )
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.cache_build import Watch
+from benchmarks.own_memory import Watch
 from benchmarks.scale_readers import measure_readers, memory_mb, write_first_batches
 from benchmarks.scale_rows import GeneratedRows, settings_of
 from benchmarks.sizing import Costs, table_text

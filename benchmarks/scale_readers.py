@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.cache_build import Watch
+from benchmarks.own_memory import Watch
 from shared.manifest import open_manifest
 from shared.record import encode_record
 from shared.store import StoreReader, StoreWriter

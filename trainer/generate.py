@@ -17,6 +17,7 @@ from shared.amounts import duration_text, size_text
 from shared.contract import ExpertFacts, PairContract, check_model, check_pair
 from shared.device import choose_device
 from shared.errors import ConfigError, DataError
+from shared.kept_memory import apart
 from shared.progress import progress, say
 from shared.prompts import read_prompts_file
 from shared.sheet import Card
@@ -130,6 +131,7 @@ def _plan(request: GenerateRequest) -> _Plan:
     )  # fmt: skip
 
 
+@apart()
 def _load(request: GenerateRequest, plan: _Plan) -> Rounds:
     """Embeds first, and the encoders gone; then UNets and VAE into main memory, from where they come to the device."""
     texts = [drawing.prompts for drawing in plan.drawings]
