@@ -172,6 +172,8 @@ def test_the_workflow_draws_against_what_each_expert_learnt_for_no_prompt(
     assert (zeros["class_type"], empty["class_type"]) == ("ConditioningZeroOut", "CLIPTextEncode")
     assert zeros["inputs"]["conditioning"] == ["stage_1_negative", 0]
     assert (empty["inputs"]["text"], nodes["stage_1_negative"]["class_type"]) == ("", "CLIPTextEncode")
+    titles = [nodes[f"stage_{number}_negative"]["_meta"]["title"] for number in (1, 2)]
+    assert titles == ["stage_1 negative prompt: bypass stage_1_null to use it", "stage_2 negative prompt"]
     card = bundle_card(stages, "single-file", "model")
     assert "bypass `stage_1_null` (" in card
     assert "at step 26 of 40" in card
