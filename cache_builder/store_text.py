@@ -10,7 +10,7 @@ from cache_builder.store_copy import CopyReport
 from cache_builder.transfer.store_export import ExportReport
 from cache_builder.transfer.store_import import ImportReport
 from cache_builder.verify import Verdict
-from shared.amounts import size_text
+from shared.amounts import count_text, size_text
 from shared.command import one_line
 
 LISTED = 20
@@ -31,8 +31,8 @@ def verdict_text(verdict: Verdict) -> str:
     """What `verify` found."""
     looked = "every record read" if verdict.mode == "deep" else "records listed, not read"
     lines = [
-        f"{one_line(verdict.store)}: {verdict.records} records, {size_text(verdict.bytes)}, "
-        f"{verdict.manifests} manifests; {looked} in {verdict.seconds:.1f} s"
+        f"{one_line(verdict.store)}: {count_text(verdict.records, 'record')}, {size_text(verdict.bytes)}, "
+        f"{count_text(verdict.manifests, 'manifest')}; {looked} in {verdict.seconds:.1f} s"
     ]
     for fault in verdict.faults[:LISTED]:
         key = f"{fault.key[:16]} " if fault.key else ""
@@ -40,11 +40,13 @@ def verdict_text(verdict: Verdict) -> str:
         lines += [f"    needed by {one_line(sample)}" for sample in fault.samples]
     lines += _more(len(verdict.faults))
     if verdict.quarantined:
-        lines.append(f"{verdict.quarantined} records moved to quarantine/; the same cache-build encodes them anew")
+        lines.append(
+            f"{count_text(verdict.quarantined, 'record')} moved to quarantine/; the same cache-build encodes them anew"
+        )
     elif verdict.faults:
         aside = "--quarantine moves bad records aside, and " if verdict.mode == "deep" else ""
         lines.append(f"{aside}the same cache-build makes anew what is missing")
-    lines.append("sound" if not verdict.faults else f"not sound: {len(verdict.faults)} faults")
+    lines.append("sound" if not verdict.faults else f"not sound: {count_text(len(verdict.faults), 'fault')}")
     return "\n".join(lines)
 
 
@@ -54,7 +56,7 @@ def stats_text(stats: StoreStats) -> str:
     count = sum(tally.records for tally in stats.kinds.values())
     free = max(0, stats.file_bytes - stats.used_bytes)
     lines = [
-        f"{one_line(stats.store)}: {count} records, {size_text(stats.record_bytes)}",
+        f"{one_line(stats.store)}: {count_text(count, 'record')}, {size_text(stats.record_bytes)}",
         f"  file {size_text(stats.file_bytes)} = records {size_text(stats.record_bytes)} + ends of pages and keys "
         f"{size_text(stats.used_bytes - stats.record_bytes)} + free {size_text(free)}",
         "",
@@ -78,7 +80,7 @@ def stats_text(stats: StoreStats) -> str:
     if any(kind.startswith("unnamed") for kind in stats.kinds):
         lines += ["", "unnamed records are what no manifest needs, or a build that has not completed; see gc --dry-run"]
     if stats.quarantined:
-        lines += ["", f"quarantine/ holds {stats.quarantined} records"]
+        lines += ["", f"quarantine/ holds {count_text(stats.quarantined, 'record')}"]
     return "\n".join(lines)
 
 
@@ -99,8 +101,8 @@ def difference_text(found: Difference) -> str:
     if left_out:
         lines.append(f"left out: {', '.join(left_out)}")
     lines.append(
-        f"a build would encode {found.pictures_to_encode} pictures and {found.captions_to_encode} captions, "
-        "the rest is stored"
+        f"a build would encode {count_text(found.pictures_to_encode, 'picture')} and "
+        f"{count_text(found.captions_to_encode, 'caption')}, the rest is stored"
     )
     return "\n".join(lines)
 
@@ -111,8 +113,8 @@ def garbage_text(report: GcReport) -> str:
     lines = [f"{verb} manifest {one_line(label)}" for label in report.dropped_manifests]
     verb = "would delete" if report.dry_run else "deleted"
     lines.append(
-        f"{verb} {report.records} records, {size_text(report.bytes)}, that no manifest names; "
-        f"{report.kept_records} stay for {len(report.kept_manifests)} manifests"
+        f"{verb} {count_text(report.records, 'record')}, {size_text(report.bytes)}, that no manifest names; "
+        f"{report.kept_records} stay for {count_text(len(report.kept_manifests), 'manifest')}"
     )
     if report.dry_run and report.records:
         lines.append("records of a build that has not completed are among them: let it complete first if it shall")
@@ -126,10 +128,11 @@ def garbage_text(report: GcReport) -> str:
 def shown_text(shown: Shown) -> str:
     """What `show` drew."""
     lines = [
-        f"{shown.samples} samples of {shown.manifest} {shown.digest[:16]}, {shown.decoded_by}: {one_line(shown.out)}"
+        f"{count_text(shown.samples, 'sample')} of {shown.manifest} {shown.digest[:16]}, {shown.decoded_by}: "
+        f"{one_line(shown.out)}"
     ]
     if shown.sources_missing:
-        lines.append(f"{shown.sources_missing} source pictures could not be shown; the sheet says why")
+        lines.append(f"{count_text(shown.sources_missing, 'source picture')} could not be shown; the sheet says why")
     lines += [f"  damaged {one_line(each)}" for each in shown.damaged[:LISTED]]
     return "\n".join([*lines, *_more(len(shown.damaged))])
 
@@ -137,7 +140,7 @@ def shown_text(shown: Shown) -> str:
 def copy_text(report: CopyReport) -> str:
     """What `copy` made."""
     return (
-        f"{one_line(report.copy)}: {report.records} records and {report.manifests} manifests, every record read and "
+        f"{one_line(report.copy)}: {_held(report)}, every record read and "
         f"verified; {size_text(report.bytes_before)} became {size_text(report.bytes_after)} in {report.seconds:.1f} s"
     )
 
@@ -146,7 +149,7 @@ def export_text(report: ExportReport) -> str:
     """What `export` wrote."""
     kept = f", {report.shards_kept} of them there already" if report.shards_kept else ""
     return (
-        f"{one_line(report.to)}: {report.records} records and {report.manifests} manifests in {report.shards} shards"
+        f"{one_line(report.to)}: {_held(report)} in {count_text(report.shards, 'shard')}"
         f"{kept}, {size_text(report.bytes)}, in {report.seconds:.1f} s"
     )
 
@@ -155,10 +158,14 @@ def import_text(report: ImportReport) -> str:
     """What `import` stored."""
     part = f"part {report.part}, " if report.part else ""
     return (
-        f"{one_line(report.store)}: {part}{report.records} records and {report.manifests} manifests; "
+        f"{one_line(report.store)}: {part}{_held(report)}; "
         f"{report.new} records, {size_text(report.bytes)}, were new and verified, from {report.shards_read} of "
-        f"{report.shards} shards, in {report.seconds:.1f} s"
+        f"{count_text(report.shards, 'shard')}, in {report.seconds:.1f} s"
     )
+
+
+def _held(report: CopyReport | ExportReport | ImportReport) -> str:
+    return f"{count_text(report.records, 'record')} and {count_text(report.manifests, 'manifest')}"
 
 
 def _manifest_lines(manifest: ManifestStats) -> list[str]:

@@ -1,4 +1,4 @@
-"""Bytes and seconds as people read them; programs are given the numbers."""
+"""Bytes, seconds and counts as people read them; programs are given the numbers."""
 
 
 def size_text(size_bytes: float) -> str:
@@ -19,3 +19,8 @@ def duration_text(seconds: float) -> str:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def count_text(count: int, one: str) -> str:
+    """How many there are of what is called `one`: 1 record, 2 records."""
+    return f"{count} {one}" if count == 1 else f"{count} {one}s"

@@ -17,7 +17,7 @@ from shared.text_encoders import read_text_facts
 from shared.vae import read_vae_facts
 from trainer.adapter import ADAPTER_FILE, load_adapter, merge_adapter
 from trainer.checkpoint import UNET_FILE, Checkpoint, open_expert
-from trainer.drawn import find_bases
+from trainer.drawn import check_base, find_bases
 from trainer.unet import load_unet, read_unet_config
 
 
@@ -164,6 +164,7 @@ def read_stages(
             f"{cards[0].facts.name!r} begins the picture and has the stock refiner's layout, which no pipeline of "
             "diffusers and no checkpoint loader begins with: draw with generate-images"
         )
+    check_base(checkpoints, base)
     folders = find_bases(checkpoints, model, base)
     return [
         Stage(

@@ -51,6 +51,12 @@ def find_bases(checkpoints: Sequence[Checkpoint], model: Path, base: Path | None
     return [_base_of(checkpoint, model, base, digests) for checkpoint in checkpoints]
 
 
+def check_base(checkpoints: Sequence[Checkpoint], base: Path | None) -> None:
+    """Raise ConfigError where `base` is given and no expert is an adapter, which alone stands on one."""
+    if base is not None and all(checkpoint.card.facts.adapter is None for checkpoint in checkpoints):
+        raise ConfigError(f"--base {base} is what adapters stand on, and none of these experts is one: leave it out")
+
+
 def load_experts(
     checkpoints: Sequence[Checkpoint],
     folders: Sequence[Path],

@@ -24,7 +24,7 @@ from shared.text_encoders import TextFacts, read_text_facts
 from shared.vae import Vae, VaeFacts, choose_encode_dtype, read_vae_facts
 from trainer.checkpoint import Checkpoint, open_expert
 from trainer.drawing import Drawing, GenerateRequest, batches, first_timestep, plan_drawings
-from trainer.drawn import choose_dtype, find_bases, load_experts, precision_name
+from trainer.drawn import check_base, choose_dtype, find_bases, load_experts, precision_name
 from trainer.ensemble import ExpertEnsemble, plan_steps
 from trainer.offload import Berth, OffloadedUnet
 from trainer.picture_files import card_of, common_facts, drawing_facts, save_picture, save_sheet
@@ -117,6 +117,7 @@ def _plan(request: GenerateRequest) -> _Plan:
         raise ConfigError("--offload keeps UNets in main memory until they are needed; on a CPU they are there anyway")
     if request.sheet is not None and request.sheet.is_dir():
         raise ConfigError(f"--sheet {request.sheet} is a folder; it names a PNG")
+    check_base(checkpoints, request.base)
     folders = find_bases(checkpoints, request.model, request.base)
     own_px, step_px = _own_sizes(folders[0], vae.downscale)
     drawings, unreadable = plan_drawings(request, contract, len(facts), own_px, (vae.downscale, step_px))

@@ -95,9 +95,9 @@ def test_what_is_wrong_ends_with_65(store: Path, tmp_path: Path, commands: Any) 
     deep = commands.store("verify", store, "--deep")
     assert (deep.code, f"needed by main: set/{row.path}" in deep.out, "--quarantine" in deep.out) == (65, True, True)
     aside = commands.store("verify", store, "--quarantine")
-    assert (aside.code, "1 records moved to quarantine/" in aside.out) == (65, True)
+    assert (aside.code, "1 record moved to quarantine/" in aside.out) == (65, True)
     assert commands.store("verify", store).code == 65  # until the next build
-    assert "quarantine/ holds 1 records" in commands.store("stats", store).out
+    assert "quarantine/ holds 1 record" in commands.store("stats", store).out
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,12 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from demo.tiny_model import write_tiny_model
-from shared.errors import ContractError
+from shared.errors import ConfigError, ContractError
 from trainer.bundle import BundleRequest, bundle
 from trainer.checkpoint import open_expert
+from trainer.drawing import GenerateRequest
+from trainer.ensemble import DrawSettings
+from trainer.generate import generate
 from trainer.loop import train_expert
 
 LORA = ("adapter.rank=4", "adapter.alpha=6", "optimizer.learning_rate=1e-1", "steps=1", "batch=1")
@@ -101,3 +104,15 @@ def test_what_diffusers_does_not_read_back_is_said(request_of: RequestOf, tmp_pa
     assert not (tmp_path / "out").exists()
     stored = load_file(bundle(replace(request, prove=False)) / "stage_2.safetensors")
     assert "lora_unet_output_blocks_1_1_conv.alpha" in stored
+
+
+def test_a_base_that_nobody_stands_on_is_refused(pair: tuple[Path, Path], world: Any, tmp_path: Path) -> None:
+    """It would be passed over in silence otherwise, and what was meant by it with it."""
+    bundled = BundleRequest(pair, world.model, tmp_path / "bundle", base=pair[0], device="cpu")
+    drawn = GenerateRequest(
+        pair, world.model, ("red",), tmp_path / "drawn", DrawSettings(2, 1.0), base=pair[0], device="cpu"
+    )
+    for ask in (lambda: bundle(bundled), lambda: list(generate(drawn))):
+        with pytest.raises(ConfigError, match=r"--base .* none of these experts"):
+            ask()
+    assert not list(tmp_path.iterdir())
