@@ -78,6 +78,8 @@ def _comfy(stages: Sequence[Stage], form: str) -> Iterator[str]:
             f"`{later.folder}_sampler` starts where `{earlier.folder}_sampler` ends, at step {at[STEPS]} of {STEPS}. "
             f"Who changes `steps` changes both, and that step in both: {at[20]} of 20, {at[30]} of 30, {at[50]} of 50."
         )
+    if own := [stage.folder for stage in stages if stage.facts.layout == "sdxl-refiner"]:
+        yield f"The prompts of {' and '.join(own)} say `width` and `height` too: change them with the picture's."
     if zeros := [f"`{null_node(stage)}`" for stage in stages if stage.facts.null_prompt == "zeros"]:
         yield (
             f"Without a negative prompt it draws against zeros, as in training. For one, bypass {' and '.join(zeros)} "

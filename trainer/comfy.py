@@ -83,15 +83,14 @@ def _add_negative(nodes: dict[str, Node], stage: Stage, file: str, pixels: int) 
     """Nodes for what stands against the prompt; returns the one for the sampler.
 
     An expert that learnt zeros for "no prompt" gets zeros, which no text is encoded to: one that is typed in counts
-    once the node behind it is bypassed, and their titles say so on the canvas.
+    once the node behind it is bypassed, and the titles say so on the canvas.
     """
     text, null = f"{stage.folder}_negative", null_node(stage)
     nodes[text] = _prompt(stage, file, "negative", "", pixels)
     if stage.facts.null_prompt == "encoded":
         return text
-    nodes[text]["_meta"] = {"title": f"negative prompt: bypass {null} to use it"}
-    nodes[null] = _node("ConditioningZeroOut", conditioning=[text, 0])
-    nodes[null]["_meta"] = {"title": f"{null}: no negative prompt, as in training"}
+    nodes[text]["_meta"]["title"] += f": bypass {null} to use it"
+    nodes[null] = _titled(null, _node("ConditioningZeroOut", conditioning=[text, 0]))
     return null
 
 
@@ -111,11 +110,12 @@ def _add_schedule(nodes: dict[str, Node], stage: Stage) -> list[Any]:
 
 
 def _prompt(stage: Stage, file: str, sign: str, text: str, pixels: int) -> Node:
-    clip, facts = [file, 1], stage.facts
+    clip, facts, title = [file, 1], stage.facts, f"{stage.folder} {sign} prompt"
     if facts.layout == "sdxl":
-        return _node("CLIPTextEncode", clip=clip, text=text)
+        return _titled(title, _node("CLIPTextEncode", clip=clip, text=text))
     score = facts.aesthetic_score if sign == "positive" else facts.negative_aesthetic_score
-    return _node("CLIPTextEncodeSDXLRefiner", clip=clip, text=text, ascore=score, width=pixels, height=pixels)
+    node = _node("CLIPTextEncodeSDXLRefiner", clip=clip, text=text, ascore=score, width=pixels, height=pixels)
+    return _titled(title, node)
 
 
 def _sampler(stage: Stage, model: list[Any], against: str, latent: list[Any]) -> Node:
@@ -136,6 +136,11 @@ def _sampler(stage: Stage, model: list[Any], against: str, latent: list[Any]) ->
         end_at_step=_TO_THE_END if stage.number == stage.count else end,
         return_with_leftover_noise="disable" if stage.number == stage.count else "enable",
     )
+
+
+def _titled(title: str, node: Node) -> Node:
+    """A node with what the canvas writes above it."""
+    return node | {"_meta": {"title": title}}
 
 
 def _node(kind: str, **inputs: Any) -> Node:

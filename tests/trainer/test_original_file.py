@@ -172,10 +172,27 @@ def test_the_workflow_draws_against_what_each_expert_learnt_for_no_prompt(
     assert (zeros["class_type"], empty["class_type"]) == ("ConditioningZeroOut", "CLIPTextEncode")
     assert zeros["inputs"]["conditioning"] == ["stage_1_negative", 0]
     assert (empty["inputs"]["text"], nodes["stage_1_negative"]["class_type"]) == ("", "CLIPTextEncode")
+    titles = [nodes[f"stage_{number}_negative"]["_meta"]["title"] for number in (1, 2)]
+    assert titles == ["stage_1 negative prompt: bypass stage_1_null to use it", "stage_2 negative prompt"]
     card = bundle_card(stages, "single-file", "model")
     assert "bypass `stage_1_null` (" in card
+    assert "say `width` and `height`" not in card
     assert "at step 26 of 40" in card
     assert "13 of 20, 20 of 30, 33 of 50" in card
+
+
+def test_a_stock_refiners_prompts_say_the_size_that_is_drawn(pair: tuple[Path, Path], tiny_model: Path) -> None:
+    first, second = read_stages(pair, tiny_model, None, lambda facts: True, raw=False, dtype=None)
+    facts = second.facts.model_copy(update={"layout": "sdxl-refiner", "null_prompt": "encoded"})
+    checkpoint = replace(second.checkpoint, card=second.card.model_copy(update={"facts": facts}))
+    stages = (first, replace(second, checkpoint=checkpoint))
+    nodes = checkpoint_workflow(stages)
+    drawn = {edge: nodes["latent"]["inputs"][edge] for edge in ("width", "height")}
+    for sign, score in (("positive", 6.0), ("negative", 2.5)):
+        inputs = nodes[f"stage_2_{sign}"]["inputs"]
+        assert {edge: inputs[edge] for edge in drawn} == drawn
+        assert inputs["ascore"] == score
+    assert "The prompts of stage_2 say `width` and `height`" in bundle_card(stages, "single-file", "model")
 
 
 def test_the_workflows_steps_are_rounded_as_comfyui_rounds_them(pair: tuple[Path, Path]) -> None:
