@@ -14,7 +14,7 @@ from contextlib import contextmanager
 
 LARGEST_BLOCK_BYTES = 32 << 20  # the most that glibc takes, and where its own rule ends up
 KEPT_BYTES = 128 << 20  # more than the records of one commit
-APART_BYTES = 256 << 10
+APART_BYTES = 256 << 10  # less than nearly all weights of a model that is worth it
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
 
 
