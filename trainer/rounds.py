@@ -52,9 +52,7 @@ class Rounds:
     vae: Vae
     downscale: int  # px per latent, along an edge
     channels: int  # of a latent
-    unets: Sequence[
-        nn.Module
-    ]  # to be on the device together, and given up once all is drawn; none where they take turns
+    unets: Sequence[nn.Module]  # on the device together, and given up once all is drawn; none where they take turns
     berth: Berth
     from_t: float | None  # from where on given pictures are drawn
 
