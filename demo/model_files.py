@@ -22,6 +22,7 @@ SDXL_BLOCKS = {
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
     "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
 }
+BETAS = (0.00085, 0.012)  # SDXL's first and last
 VAE_SCALING_FACTOR = 0.13025  # SDXL's: its latents spread by about 1/0.13025
 
 
@@ -91,7 +92,7 @@ def write_scheduler(folder: Path, **settings: object) -> None:
     """SDXL's schedule; `settings` say what is predicted and how steps are placed."""
     from diffusers import EulerDiscreteScheduler
 
-    betas = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+    betas = {"beta_schedule": "scaled_linear", "beta_start": BETAS[0], "beta_end": BETAS[1]}
     EulerDiscreteScheduler(**betas, **{"steps_offset": 1, **settings}).save_config(folder)
 
 

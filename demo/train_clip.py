@@ -7,9 +7,11 @@ Radford et al. 2021, section 2.3: of all pictures of a batch, which is this capt
 second text tower belongs to the CLIP; the first learns from the same pictures and keeps no projection, as in SDXL.
 First come batches of scenes that have nothing in common, then mostly batches of near relatives (demo.relatives), which
 only captions tell apart that are understood word for word; at last of such that differ in what stands where alone.
+The embeds are brought to a size near one at last, as CLIP's are: nothing in the contrast keeps them from growing.
 """
 
 import functools
+import math
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +50,7 @@ WIDTHS = (64, 128)  # of the two text towers
 PROJECTION = 96
 VISION = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4}
 FIRST = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 3, "num_attention_heads": 2}
+ADDS_TO_STREAM = ("embeddings.", ".out_proj.", ".fc2.")  # in names of a text tower's parameters
 SECOND = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 3, "num_attention_heads": 4}
 
 
@@ -100,7 +103,11 @@ def train_clip(
             return loss(*close(seed, step, then.batch, twins))
 
         averaged = fit(name, model, close_loss, then, folder)
-    weights = {name: tensor.cpu() for name, tensor in averaged.items()}
+    model.load_state_dict(averaged)
+    captions = tokenize([describe(make_scene(PICTURES_SEED, i))[0] for i in range(plan.batch)]).to(device)
+    for tower in (model.clip, model.first):
+        bring_near_one(tower.text_model, captions)
+    weights = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
     clip = {name.removeprefix("clip."): tensor for name, tensor in weights.items() if name.startswith("clip.")}
     second = ("text_model.", "text_projection.")
     return {
@@ -108,6 +115,24 @@ def train_clip(
         "text_encoder_2": {name: tensor for name, tensor in clip.items() if name.startswith(second)},
         "text_encoder": {n.removeprefix("first."): t for n, t in weights.items() if n.startswith("first.text_model.")},
     }
+
+
+@torch.no_grad()
+def bring_near_one(text_model: nn.Module, ids: Tensor) -> float:
+    """Divide the embeds that the UNet reads, of a text tower, by a power of two near their root mean square over `ids`.
+
+    Whatever adds to the residual stream is divided, embeddings, attention and MLP, so all of the stream is; each layer
+    and the last norm begin with a LayerNorm, to which that is nothing (but for its eps). Returns the divisor.
+
+    Embeds of size 16 and more, as the contrast leaves them, saturate a UNet's cross-attention: nearly all weight lies
+    on the one token with the longest key, and no gradient takes it away again.
+    """
+    embeds = text_model(ids, output_hidden_states=True).hidden_states[-2]
+    size = 2.0 ** round(math.log2(embeds.square().mean().sqrt().item()))
+    for name, parameter in text_model.named_parameters():
+        if any(part in name for part in ADDS_TO_STREAM):
+            parameter /= size
+    return size
 
 
 def clip_config() -> Any:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from demo.commands import run
 from demo.fit_plan import FitPlan
 from demo.model_files import (
+    BETAS,
     EOS,
     SDXL_BLOCKS,
     base_index,
@@ -35,6 +36,7 @@ from demo.scene import Size
 from demo.shapes import OneLineParser
 from demo.unet_plan import LEARNING_RATE, MUON_RATE, PICTURE_SETS, UNET_RUNS, WIDE_HW, UnetRun
 from shared.errors import ExpertsError
+from shared.progress import say
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -150,6 +152,8 @@ def make_unet(out: Path, device: str) -> None:
     for plan in UNET_RUNS:
         after = out / f"after-{plan.name}"
         if not (after / "unet" / "config.json").exists():
+            if plan.fit_heads:
+                begin = _fit_heads(out, begin, out / f"before-{plan.name}")
             _train(out, plan, begin, device)
             _write_index(after)
             averaged = _averaged(out / "runs" / plan.name)
@@ -159,6 +163,26 @@ def make_unet(out: Path, device: str) -> None:
 
     finished = load_file(begin / "unet" / "diffusion_pytorch_model.safetensors")
     write_diffusers_model(out / "model" / "unet", "UNet2DConditionModel", unet_config(), _halved(finished))
+
+
+def _fit_heads(out: Path, begin: Path, fitted: Path) -> Path:
+    """A model whose UNet is that of `begin` with a head of each cross-attention fitted, in `fitted`."""
+    if (fitted / "unet" / "config.json").exists():
+        return fitted
+    import torch
+
+    from demo.attention_fit import fit_heads
+    from shared.schedule import NoiseSchedule, scaled_linear_betas
+    from trainer.unet import load_unet
+
+    unet = load_unet(begin / "unet", torch.device("cpu"))
+    schedule = NoiseSchedule(scaled_linear_betas(1000, *BETAS), zero_terminal_snr=True)
+    for name, right in fit_heads(out / "model", unet, schedule).items():
+        say(f"{name} looks at the right word from {right:.0%} of the cells")
+    _write_index(fitted)
+    weights = {name: tensor.contiguous() for name, tensor in unet.state_dict().items()}
+    write_diffusers_model(fitted / "unet", "UNet2DConditionModel", unet_config(), weights)
+    return fitted
 
 
 def _train(out: Path, plan: UnetRun, begin: Path, device: str) -> None:

@@ -26,7 +26,8 @@ class PictureSet:
 class UnetRun:
     """One run of `train-expert`, from the average of the one before it.
 
-    stages: (steps in all, share of both rates up to there). sets: what else `train-expert` is told.
+    stages: (steps in all, share of both rates up to there). sets: what else `train-expert` is told. fit_heads: whether
+    a head of each cross-attention is fitted first, by demo.attention_fit.
     """
 
     name: str
@@ -35,6 +36,7 @@ class UnetRun:
     batch: int
     stages: tuple[tuple[int, float], ...]
     sets: tuple[str, ...] = ()
+    fit_heads: bool = False
 
 
 def _two_shapes(weight: int) -> str:
@@ -52,9 +54,11 @@ PICTURE_SETS = {
 # times as large and mostly what no caption tells. So the middle is dwelt on. Pictures are smaller from the fourth run
 # on: half as many latents are learned from nearly twice as fast, and the VAE keeps all that captions say of them. The
 # last ones have windows among them, whose corners the ids tell: without those no id would mean anything. Two shapes in
-# one picture are what is learned last, so the last three runs have more of those, and the first of them their full
-# captions alone. Fine detail is left to whoever refines: few draws are below t = 100. (The weights in demo/model saw
-# other embeds at first: the CLIP's second fit was made before "windows", its third before "twins".)
+# one picture are what is learned last, so the runs from "pairs" on have more of those, and some their full captions
+# alone. Which of two shapes is of which kind was not learned at all until a head of each cross-attention was shown
+# where to look, before "look". Fine detail is left to whoever refines: few draws are below t = 100. (The weights in
+# demo/model saw other embeds at first: the CLIP's second fit was made before "windows", its third before "twins"; and
+# up to "close" they were some 16 in size, which saturates attention: before "attend" that was begun anew.)
 UNET_RUNS = (
     UnetRun("whole", "large", (0, 1000), 64, ((1105, 1.0), (2000, 0.4))),
     UnetRun("middle", "large", (50, 750), 64, ((900, 0.4), (1700, 0.15))),
@@ -66,4 +70,8 @@ UNET_RUNS = (
     UnetRun("pairs", "many", (100, 900), 128, ((1300, 0.4), (2150, 0.2)), ("data.captions=first", _two_shapes(3))),
     UnetRun("end", "many", (0, 1000), 128, ((450, 0.1),), (_two_shapes(2), MIDDLE)),
     UnetRun("close", "many", (50, 1000), 128, ((250, 0.05), (400, 0.02)), (_two_shapes(2),)),
+    UnetRun("attend", "many", (50, 950), 128, ((500, 0.4),), ("data.captions=first", _two_shapes(3))),
+    UnetRun("look", "many", (100, 850), 128, ((1250, 0.4), (1900, 0.2)), ("data.captions=first", _two_shapes(3)), True),
+    UnetRun("even", "many", (0, 1000), 128, ((500, 0.1),), (_two_shapes(2), MIDDLE)),
+    UnetRun("settle", "many", (50, 1000), 128, ((250, 0.05), (400, 0.02)), (_two_shapes(2),)),
 )
