@@ -110,20 +110,24 @@ def build(
         split = held_out(config.split, (sample.path for sample in usable), usable.facts["thumbnail"], options.store)
         report.held_out = int(split.sum())
         settings = _settings(config, vae, text, dtype, datasets, index, meta, options.prompts)
-        rows = SampleRows(usable, split, meta)
-        seal = partial(
-            seal_manifest,
-            name=options.manifest,
-            settings=settings,
-            rows=rows,
-            in_order=True,
-            replace=options.replace,
-            allow_shrink=options.allow_shrink,
-        )
-        report.digest = shards.finish(options.store, options.manifest, seal) if shards else seal(options.store).digest
+        report.digest = _seal(options, settings, SampleRows(usable, split, meta), shards)
     report.check()
     report.seconds = time.monotonic() - started_s
     return report
+
+
+def _seal(options: BuildOptions, settings: ManifestSettings, rows: SampleRows, shards: "ShardOutput | None") -> str:
+    """Seal the manifest, with shards among those; returns its digest."""
+    seal = partial(
+        seal_manifest,
+        name=options.manifest,
+        settings=settings,
+        rows=rows,
+        in_order=True,
+        replace=options.replace,
+        allow_shrink=options.allow_shrink,
+    )
+    return shards.finish(options.store, options.manifest, seal) if shards else seal(options.store).digest
 
 
 def _cluster(options: BuildOptions, config: BuildConfig) -> "AbstractContextManager[RayCluster | None]":
