@@ -71,7 +71,7 @@ UNET_RUNS = (
     UnetRun("end", "many", (0, 1000), 128, ((450, 0.1),), (_two_shapes(2), MIDDLE)),
     UnetRun("close", "many", (50, 1000), 128, ((250, 0.05), (400, 0.02)), (_two_shapes(2),)),
     UnetRun("attend", "many", (50, 950), 128, ((500, 0.4),), ("data.captions=first", _two_shapes(3))),
-    UnetRun("look", "many", (100, 850), 128, ((1250, 0.4), (1900, 0.2)), ("data.captions=first", _two_shapes(3)), True),
+    UnetRun("look", "many", (100, 850), 128, ((1251, 0.4), (1900, 0.2)), ("data.captions=first", _two_shapes(3)), True),
     UnetRun("even", "many", (0, 1000), 128, ((500, 0.1),), (_two_shapes(2), MIDDLE)),
     UnetRun("settle", "many", (50, 1000), 128, ((250, 0.05), (400, 0.02)), (_two_shapes(2),)),
 )
