@@ -127,7 +127,8 @@ def _fit_head(attention: Any, looks: Looks, asked: Tensor, steps: int) -> float:
 
     def logits(rows: Tensor) -> Tensor:
         queries, keys = (x[rows].float() @ w.T for x, w in zip((asked, looks.embeds), head, strict=True))
-        return queries @ keys.transpose(1, 2) * attention.scale
+        scaled: Tensor = queries @ keys.transpose(1, 2) * attention.scale
+        return scaled
 
     learned = count * 7 // 8
     adam = torch.optim.Adam(head, lr=LEARNING_RATE)

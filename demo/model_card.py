@@ -50,8 +50,8 @@ with the same library versions, processor and number of threads. These weights w
 first 200 steps ran on one thread and all of it under an earlier form of the optimizer's clipping and weight decay; the
 average of the UNet's third run went through fp16, and from the fourth on they ran on one thread but for 189 steps; the
 text encoders had their second and third fits, from fp16 weights, before "windows" and "twins"; "pairs" began with fp16
-weights. Up to "close" the embeds were of size 16 to 19, not 1, and had saturated the UNet's cross-attention: four of its
-seven layers gave one and the same for every caption and place. Before "attend" their weights were drawn anew, each
+weights. Up to "close" the embeds were of size 16 to 19, not 1, and had saturated the UNet's cross-attention: four of
+its seven layers gave one and the same for every caption and place. Before "attend" their weights were drawn anew, each
 layer first giving what it had given on average; from there on the embeds were divided by 16 as they were read, and two
 processes trained, 64 a step each. So the command above gives weights like these and not these bits. None of the
 combinations of kind and colour that `demo.scene.held_out_combinations` names was ever shown to it. The words are those

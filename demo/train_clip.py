@@ -131,7 +131,7 @@ def bring_near_one(text_model: nn.Module, ids: Tensor) -> float:
     size = 2.0 ** round(math.log2(embeds.square().mean().sqrt().item()))
     for name, parameter in text_model.named_parameters():
         if any(part in name for part in ADDS_TO_STREAM):
-            parameter /= size
+            parameter.div_(size)
     return size
 
 
