@@ -52,14 +52,16 @@ class Looks:
 
 
 def fit_heads(
-    model: Path, unet: Any, schedule: NoiseSchedule, count: int = SCENES, steps: int = STEPS
+    model: Path, unet: Any, schedule: NoiseSchedule, count: int = SCENES, steps: int = STEPS, part: str = ""
 ) -> dict[str, float]:
-    """Fit the first head of each cross-attention of `unet`, in place; `model` has the VAE and the text encoders.
+    """Fit the first head of each cross-attention of `unet`, in place, or of those in one `part` of it.
 
-    Returns of each the share of cells of held-out pictures of two shapes from where it looks at the right shape's word
-    more than at the other's: a half is chance.
+    `model` has the VAE and the text encoders. Returns of each the share of cells, of held-out pictures of two shapes,
+    from where it looks at the right shape's word more than at the other's: a half is chance.
     """
-    attentions = {name: module for name, module in unet.named_modules() if name.endswith("attn2")}
+    attentions = {
+        name: module for name, module in unet.named_modules() if name.endswith("attn2") and name.startswith(part)
+    }
     looks = _collect(model, unet, attentions, schedule, count)
     return {name: _fit_head(attention, looks, looks.asked[name], steps) for name, attention in attentions.items()}
 

@@ -104,8 +104,9 @@ def test_it_draws_what_is_asked(pictures: list[Image.Image]) -> None:
         assert sets[name].colour >= 0.75
         assert sets[name].count >= 0.75
         assert sets[name].position >= 0.75
-    assert sets["one"].follows + sets["held out"].follows >= 1.3  # 1.84 over 200 pictures
-    assert sets["two"].relation >= 0.8  # 0.99 over 100
+    assert sets["one"].follows + sets["held out"].follows >= 1.5  # 1.99 over 200 pictures
+    assert sets["two"].follows >= 0.6  # 0.93 over 100
+    assert sets["two"].relation >= 0.8  # 1.00 over 100
     everything = score(judged(pictures, PROMPTS))
     assert everything.ground >= 0.9
     assert everything.sharpness >= 0.55
