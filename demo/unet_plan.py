@@ -45,6 +45,7 @@ def _two_shapes(weight: int) -> str:
 
 
 MIDDLE = "loss.timestep_bias={strategy='logit-normal'}"  # one draw in seventy is below t = 100
+HIGH = "loss.timestep_bias={strategy='later', portion=0.35, multiplier=6}"  # three draws in four are above t = 650
 PICTURE_SETS = {
     "large": PictureSet(16_000, ((96, 96), (80, 112), (112, 80)), ("images.resolution=96", "images.step=16")),
     "small": PictureSet(24_000, SIZES_HW),
@@ -56,9 +57,10 @@ PICTURE_SETS = {
 # last ones have windows among them, whose corners the ids tell: without those no id would mean anything. Two shapes in
 # one picture are what is learned last, so the runs from "pairs" on have more of those, and some their full captions
 # alone. Which of two shapes is of which kind was not learned at all until a head of each cross-attention was shown
-# where to look, before "look". Fine detail is left to whoever refines: few draws are below t = 100. (The weights in
-# demo/model saw other embeds at first: the CLIP's second fit was made before "windows", its third before "twins"; and
-# up to "close" they were some 16 in size, which saturates attention: before "attend" that was begun anew.)
+# where to look, before "look". Which of two colours a ground fades from is decided in the highest noise, which "look"
+# left out: "grounds" makes up for that. Fine detail is left to whoever refines: few draws are below t = 100. (The
+# weights in demo/model saw other embeds at first: the CLIP's second fit was made before "windows", its third before
+# "twins"; and up to "close" they were some 16 in size, which saturates attention: before "attend" that began anew.)
 UNET_RUNS = (
     UnetRun("whole", "large", (0, 1000), 64, ((1105, 1.0), (2000, 0.4))),
     UnetRun("middle", "large", (50, 750), 64, ((900, 0.4), (1700, 0.15))),
@@ -74,4 +76,5 @@ UNET_RUNS = (
     UnetRun("look", "many", (100, 850), 128, ((1251, 0.4), (1900, 0.2)), ("data.captions=first", _two_shapes(3)), True),
     UnetRun("even", "many", (0, 1000), 128, ((500, 0.1),), (_two_shapes(2), MIDDLE)),
     UnetRun("settle", "many", (50, 1000), 128, ((250, 0.05), (400, 0.02)), (_two_shapes(2),)),
+    UnetRun("grounds", "many", (0, 1000), 128, ((350, 0.2), (550, 0.08), (650, 0.02)), (_two_shapes(2), HIGH)),
 )
