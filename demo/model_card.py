@@ -181,7 +181,7 @@ def _card(model: Path, scores: Mapping[str, Any]) -> str:
     return CARD.format(
         megabytes=sum(path.stat().st_size for path in model.rglob("*.safetensors")) / 1e6,
         example=make_prompts(1)[0],
-        made_on=f"torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.machine()}",
+        made_on=f"torch {torch.__version__}, {platform.machine()}",
         made=_how_made(model),
         reconstructed=RECONSTRUCTED * len(SIZES_HW),
         sizes=", ".join(f"{w} x {h}" for h, w in SIZES_HW),
