@@ -53,9 +53,9 @@ text encoders had their second and third fits, from fp16 weights, before "window
 weights. Up to "close" the embeds were of size 16 to 19, not 1, and had saturated the UNet's cross-attention: four of
 its seven layers gave one and the same for every caption and place. Before "attend" their weights were drawn anew, each
 layer first giving what it had given on average; from there on the embeds were divided by 16 as they were read, and two
-processes trained, 64 a step each. So the command above gives weights like these and not these bits. None of the
-combinations of kind and colour that `demo.scene.held_out_combinations` names was ever shown to it. The words are those
-of `demo.captions.WORDS`.
+processes trained, 64 a step each; the heads were fitted before "look" by an earlier form of `demo.attention_fit`. So
+the command above gives weights like these and not these bits. None of the combinations of kind and colour that
+`demo.scene.held_out_combinations` names was ever shown to it. The words are those of `demo.captions.WORDS`.
 
 ## What it reaches
 

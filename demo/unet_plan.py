@@ -56,7 +56,7 @@ PICTURE_SETS = {
 # on: half as many latents are learned from nearly twice as fast, and the VAE keeps all that captions say of them. The
 # last ones have windows among them, whose corners the ids tell: without those no id would mean anything. Two shapes in
 # one picture are what is learned last, so the runs from "pairs" on have more of those, and some their full captions
-# alone. Which of two shapes is of which kind was not learned at all until a head of each cross-attention was shown
+# alone. Which of two shapes is of which kind was hardly learned until a head of each cross-attention was shown
 # where to look, before "look". Which of two colours a ground fades from is decided in the highest noise, which "look"
 # left out: "grounds" makes up for that. Fine detail is left to whoever refines: few draws are below t = 100. (The
 # weights in demo/model saw other embeds at first: the CLIP's second fit was made before "windows", its third before
