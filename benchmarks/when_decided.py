@@ -11,7 +11,7 @@ import argparse
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import count
+from itertools import count, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,6 +20,7 @@ import torch
 from demo.captions import describe
 from demo.judge import judge
 from demo.model_card import GUIDANCE, STEPS
+from demo.pipeline import open_pipeline
 from demo.prompts import PICTURE_HW, PROMPTS_SEED
 from demo.scene import Scene, make_scene
 
@@ -47,17 +48,7 @@ def pairs(wanted: int, what: What) -> list[tuple[str, str]]:
             if len({getattr(shape, what) for shape in scene.shapes}) == 2:
                 yield describe(scene)[0], describe(exchange(scene, what))[0]
 
-    return [pair for _, pair in zip(range(wanted), found(), strict=False)]
-
-
-def open_pipeline(model: Path) -> Any:
-    """diffusers' pipeline with the sampler of the model's card."""
-    from diffusers import StableDiffusionXLPipeline, UniPCMultistepScheduler
-
-    pipeline = StableDiffusionXLPipeline.from_pretrained(model, use_safetensors=True, dtype=torch.float32)
-    pipeline.scheduler = UniPCMultistepScheduler.from_config(pipeline.scheduler.config)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    return list(islice(found(), wanted))
 
 
 def draw_in_two(

@@ -8,7 +8,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from demo.prompts import PICTURE_HW
 from demo.scene import Size
@@ -20,18 +20,26 @@ if TYPE_CHECKING:
 BATCH = 12
 
 
+def open_pipeline(model: Path) -> Any:
+    """diffusers' own, in fp32, with UniPC."""
+    import torch
+    from diffusers import StableDiffusionXLPipeline, UniPCMultistepScheduler
+
+    pipeline = StableDiffusionXLPipeline.from_pretrained(model, use_safetensors=True, dtype=torch.float32)
+    pipeline.scheduler = UniPCMultistepScheduler.from_config(pipeline.scheduler.config)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
 def draw_with_pipeline(
     model: Path, prompts: Sequence[str], size_hw: Size, *, steps: int, guidance: float, seeds: Sequence[int]
 ) -> "list[Image.Image]":
     """A picture of each prompt, from the noise of its seed; UniPC, guidance rescaled as for zero-terminal SNR."""
     import torch
-    from diffusers import StableDiffusionXLPipeline, UniPCMultistepScheduler
 
     from trainer.ensemble import ZERO_TERMINAL_RESCALE
 
-    pipeline = StableDiffusionXLPipeline.from_pretrained(model, use_safetensors=True, dtype=torch.float32)
-    pipeline.scheduler = UniPCMultistepScheduler.from_config(pipeline.scheduler.config)
-    pipeline.set_progress_bar_config(disable=True)
+    pipeline = open_pipeline(model)
     pictures: list[Image.Image] = []
     for first in range(0, len(prompts), BATCH):
         some, own_seeds = list(prompts[first : first + BATCH]), seeds[first : first + BATCH]

@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.when_decided import WHAT, What, draw_in_two, exchange, open_pipeline, pairs
+from benchmarks.when_decided import WHAT, What, draw_in_two, exchange, pairs
 from demo.captions import expect
-from demo.pipeline import draw_with_pipeline
+from demo.pipeline import draw_with_pipeline, open_pipeline
 from demo.prompts import PICTURE_HW
 from demo.scene import make_scene
 

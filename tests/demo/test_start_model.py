@@ -123,9 +123,9 @@ def test_a_wrong_null_prompt_shows_at_once(tmp_path: Path) -> None:
     some, seeds = PROMPTS[:6], range(6)
     clips = []
     for model in (MODEL, wrong):
-        drawn = draw_with_pipeline(model, some, PICTURE_HW, steps=20, guidance=5.0, seeds=seeds)
+        drawn = draw_with_pipeline(model, some, PICTURE_HW, steps=20, guidance=8.0, seeds=seeds)
         clips.append(score(judged(drawn, some)).clip or 0)
-    assert clips[1] <= clips[0] - 6  # 78 and 87
+    assert clips[1] <= clips[0] - 10  # 68 and 86
 
 
 def test_prompts_in_the_wrong_order_show_at_once(pictures: list[Image.Image]) -> None:
